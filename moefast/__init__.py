@@ -1,0 +1,58 @@
+"""moefast: fast, trustworthy Mixture-of-Experts layers for MLX.
+
+    routing = moefast.route(logits, spec)             # which experts, with what weight
+    y = moefast.experts(x, weights, routing)          # their weighted sum
+    y = moefast.moe(x, logits, spec, weights)         # both, fused where a backend can
+
+Every operation takes ``backend="auto"``; see :func:`use_backend` and :func:`backends`. The layers built on
+them are in :mod:`moefast.nn`, the models in :mod:`moefast.models`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from . import nn
+from .backends import backends, use_backend
+from .ops import experts, moe, quantized_matmul, route, switch_glu
+from .routing import Routing
+from .specs import Activation, QuantSpec, RouterSpec
+from .weights import ExpertWeights, Projection, SharedExpert
+
+if TYPE_CHECKING:
+    from .lm import load
+
+try:
+    __version__ = version("moefast")
+except PackageNotFoundError:  # a checkout on sys.path without an install
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Activation",
+    "ExpertWeights",
+    "Projection",
+    "QuantSpec",
+    "RouterSpec",
+    "Routing",
+    "SharedExpert",
+    "__version__",
+    "backends",
+    "experts",
+    "load",
+    "moe",
+    "nn",
+    "quantized_matmul",
+    "route",
+    "switch_glu",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # load needs mlx-lm (the "lm" extra); everything above does not.
+    if name == "load":
+        from .lm import load
+
+        return load
+    raise AttributeError(f"module 'moefast' has no attribute {name!r}")

@@ -1,0 +1,19 @@
+"""The truth: plain MLX operations, written to be read. Runs wherever MLX runs; differentiable."""
+
+from __future__ import annotations
+
+from ...registry import Backend, Kernel
+from .experts import experts, moe, switch_glu
+from .matmul import dense
+from .route import route
+
+REFERENCE = Backend(
+    name="reference",
+    kernels={
+        "route": Kernel(route),
+        "switch_glu": Kernel(switch_glu),
+        "experts": Kernel(experts),
+        "moe": Kernel(moe),
+        "quantized_matmul": Kernel(dense),
+    },
+)

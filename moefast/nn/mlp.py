@@ -1,0 +1,78 @@
+"""The dense gated feed-forward network: a shared expert, or the MLP of a layer without experts."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn
+from mlx.nn.layers.distributed import shard_inplace, shard_linear
+
+from ..backends.reference.activations import activate
+from ..specs import Activation
+from ..weights import SharedExpert
+from .linear import Linear
+from .projection import projection_of
+
+
+class MLP(mlx.nn.Module):
+    """``down_proj(activation(gate_proj(x), up_proj(x)))``.
+
+    Args:
+        hidden: model width.
+        width: inner width.
+        bias: the three layers have biases.
+        activation: a gated :class:`moefast.Activation`.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        *,
+        bias: bool = False,
+        activation: Activation = Activation(),  # noqa: B008 (frozen)
+    ):
+        super().__init__()
+        self.gate_proj = Linear(hidden, width, bias=bias)
+        self.up_proj = Linear(hidden, width, bias=bias)
+        self.down_proj = Linear(width, hidden, bias=bias)
+        self.activation = activation
+
+    def shared_expert(self, output_gate: mlx.nn.Module | None) -> SharedExpert | None:
+        """What :func:`moefast.moe` takes; None while a layer is adapted (LoRA) and has to be called."""
+        gate, up, down = (projection_of(self[name]) for name in ("gate_proj", "up_proj", "down_proj"))
+        if gate is None or up is None or down is None:
+            return None
+        gating = None
+        if output_gate is not None:
+            gating = projection_of(output_gate)
+            if gating is None:
+                return None
+        return SharedExpert(gate=gate, up=up, down=down, activation=self.activation, output_gate=gating)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: ``[..., hidden]`` -> ``[..., hidden]``."""
+        y: mx.array = self.down_proj(activate(self.activation, self.gate_proj(x), self.up_proj(x)))
+        return y
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Split the width over a tensor-parallel group; the layers then communicate themselves."""
+        self.gate_proj = shard_linear(self.gate_proj, "all-to-sharded", group=group)
+        self.up_proj = shard_linear(self.up_proj, "all-to-sharded", group=group)
+        self.down_proj = shard_linear(self.down_proj, "sharded-to-all", group=group)
+
+    def shard_in_place(self, group: mx.distributed.Group) -> None:
+        """Split the width; the caller sums the output over the group."""
+        split_width(self, group)
+
+
+def split_width(block: mlx.nn.Module, group: mx.distributed.Group) -> None:
+    """Keep this rank's share of the inner width of ``gate_proj``, ``up_proj`` and ``down_proj``.
+
+    A bias of the down projection stays on rank 0 only, as zeros elsewhere: the outputs are summed.
+    """
+    for name in ("gate_proj", "up_proj"):
+        shard_inplace(block[name], "all-to-sharded", group=group)
+    down = block["down_proj"]
+    shard_inplace(down, "sharded-to-all", group=group)
+    if "bias" in down and group.rank() != 0:
+        down.bias = mx.zeros_like(down.bias)

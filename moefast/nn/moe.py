@@ -1,0 +1,159 @@
+"""The MoE block: router, routed experts and shared expert. Every model's MoE layer is this class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn
+from mlx.nn.layers.distributed import sum_gradients
+
+from .. import ops
+from ..backends.reference.experts import combine
+from ..errors import refuse
+from ..specs import Activation, RouterSpec
+from ..weights import SharedExpert
+from .linear import Linear, training_backend
+from .mlp import MLP, split_width
+from .router import Router
+from .switch import SwitchGLU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """What a checkpoint calls the parts of the block."""
+
+    router: str = "gate"
+    experts: str = "switch_mlp"
+    shared: str = "shared_experts"
+    shared_gate: str = "shared_expert_gate"
+
+
+class MoE(mlx.nn.Module):
+    """Router + experts + shared expert (none, plain, or gated by a sigmoid).
+
+    ``y = sum_k weight_k * expert_k(x) + [sigmoid(shared_gate(x)) *] shared(x)``
+
+    Args:
+        spec: the routing.
+        hidden: model width.
+        width: width of one routed expert.
+        router: a :class:`Router`, or a bare :class:`Linear` that gives the logits where the checkpoint
+            has one in the router's place (Qwen2-MoE).
+        shared_width: inner width of the shared expert; 0 for none.
+        shared_gate: gate the shared expert's output by ``sigmoid(linear(x))``.
+        bias: experts and shared expert have output biases.
+        activation: of experts and shared expert.
+        names: attribute names, for checkpoint compatibility.
+        combine_dtype: see :func:`moefast.experts`.
+    """
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        hidden: int,
+        width: int,
+        *,
+        router: Router | Linear | None = None,
+        shared_width: int = 0,
+        shared_gate: bool = False,
+        bias: bool = False,
+        activation: Activation = Activation(),  # noqa: B008 (frozen)
+        names: Names = Names(),  # noqa: B008 (frozen)
+        combine_dtype: mx.Dtype | None = None,
+    ):
+        super().__init__()
+        self.spec = spec
+        self.names = names
+        self.combine_dtype = combine_dtype
+        self.sharding_group: mx.distributed.Group | None = None
+        stacked = spec.num_experts - spec.identity_experts
+        setattr(self, names.router, router if router is not None else Router(spec, hidden))
+        setattr(self, names.experts, SwitchGLU(hidden, width, stacked, activation, bias))
+        self._has_shared = shared_width > 0
+        self._has_shared_gate = self._has_shared and shared_gate
+        if self._has_shared:
+            setattr(self, names.shared, MLP(hidden, shared_width, bias=bias, activation=activation))
+        if self._has_shared_gate:
+            setattr(self, names.shared_gate, Linear(hidden, 1, bias=False))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: ``[..., hidden]`` -> ``[..., hidden]``."""
+        group = self.sharding_group
+        router = self[self.names.router]
+        bias = router.selection_bias if isinstance(router, Router) else None
+        logits = router.logits(x) if isinstance(router, Router) else router(x)
+        if group is not None:
+            # Each rank sees part of the experts' width, so gradients through them are partial sums; the
+            # router is replicated and its own product needs no sum.
+            summed = sum_gradients(group)
+            return self._sharded(x, summed(x), summed(logits), bias, group)
+
+        weights = self[self.names.experts].expert_weights()
+        shared = self._shared_expert()
+        if weights is None or (self._has_shared and shared is None):
+            return self._layer_by_layer(x, x, logits, bias)
+        return ops.moe(
+            x,
+            logits,
+            self.spec,
+            weights,
+            selection_bias=bias,
+            shared=shared,
+            combine_dtype=self.combine_dtype,
+            backend=training_backend(self),
+        )
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Split every expert's width over a tensor-parallel group. The block sums its output itself.
+
+        Raises:
+            ValueError: the block has identity experts, whose share would be summed once per rank.
+        """
+        if self.spec.identity_experts:
+            refuse("MoE.shard", "identity_experts must be 0", self.spec.identity_experts)
+        split_width(self[self.names.experts], group)
+        if self._has_shared:
+            self[self.names.shared].shard_in_place(group)
+        self.sharding_group = group
+
+    def _shared_expert(self) -> SharedExpert | None:
+        if not self._has_shared:
+            return None
+        gate = self[self.names.shared_gate] if self._has_shared_gate else None
+        shared: SharedExpert | None = self[self.names.shared].shared_expert(gate)
+        return shared
+
+    def _sharded(
+        self,
+        x: mx.array,
+        summed: mx.array,
+        logits: mx.array,
+        bias: mx.array | None,
+        group: mx.distributed.Group,
+    ) -> mx.array:
+        return mx.distributed.all_sum(self._layer_by_layer(x, summed, logits, bias), group=group)
+
+    def _layer_by_layer(
+        self, x: mx.array, expert_x: mx.array, logits: mx.array, bias: mx.array | None
+    ) -> mx.array:
+        """The block out of its layers: where one is adapted, or where gates must be reduced apart.
+
+        ``expert_x`` equals ``x``; under sharding its gradient is summed over the group.
+        """
+        backend = training_backend(self)
+        routing = ops.route(logits, self.spec, selection_bias=bias, backend=backend)
+        y = combine(self[self.names.experts](expert_x, routing.indices), routing.weights, self.combine_dtype)
+        if self.spec.scale_place == "output":
+            y = y * self.spec.scale
+        if not self._has_shared:
+            return y
+        shared: mx.array = self[self.names.shared](expert_x)
+        if self._has_shared_gate:
+            gate = self[self.names.shared_gate](x)
+            if self.sharding_group is not None:
+                gate = sum_gradients(self.sharding_group)(gate)
+            shared = mx.sigmoid(gate) * shared
+        return y + shared
+
+

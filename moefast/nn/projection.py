@@ -1,0 +1,49 @@
+"""From a layer to the :class:`moefast.Projection` an operation takes: references, no copies."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.nn
+
+from ..specs import QuantSpec
+from ..weights import Projection
+
+# Layers whose arrays say everything. Anything else that stands in a projection's place (a LoRA layer, a
+# subclass with a forward pass of its own) has to be called.
+_PLAIN = {
+    ("mlx.nn.layers.linear", "Linear"),
+    ("mlx_lm.models.switch_layers", "SwitchLinear"),
+    ("moefast.nn.linear", "Embedding"),
+    ("moefast.nn.linear", "Linear"),
+    ("moefast.nn.switch", "SwitchLinear"),
+}
+_QUANTIZED = {
+    ("mlx.nn.layers.quantized", "QuantizedLinear"),
+    ("mlx_lm.models.switch_layers", "QuantizedSwitchLinear"),
+    ("moefast.nn.linear", "QuantizedEmbedding"),
+    ("moefast.nn.linear", "QuantizedLinear"),
+    ("moefast.nn.switch", "QuantizedSwitchLinear"),
+}
+
+
+@lru_cache(maxsize=256)
+def _quant_spec(bits: int, group_size: int, mode: str) -> QuantSpec:
+    return QuantSpec(bits=bits, group_size=group_size, mode=mode)
+
+
+def projection_of(layer: mlx.nn.Module) -> Projection | None:
+    """The weight of a linear layer (dense or stacked, quantized or not), or None for any other layer."""
+    kind = (type(layer).__module__, type(layer).__name__)
+    if kind in _PLAIN:
+        return Projection(layer["weight"], bias=layer.get("bias"))
+    if kind in _QUANTIZED:
+        return Projection(
+            layer["weight"],
+            layer["scales"],
+            layer.get("biases"),
+            bias=layer.get("bias"),
+            global_scale=layer.get("global_scale"),
+            quant=_quant_spec(layer.bits, layer.group_size, layer.mode),
+        )
+    return None

@@ -1,0 +1,65 @@
+"""The router of an MoE block: one small matrix product, then :func:`moefast.route`."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn
+
+from .. import ops
+from ..routing import Routing
+from ..specs import RouterSpec
+from .linear import Linear, training_backend
+
+
+class Router(mlx.nn.Module):
+    """Maps a token to its experts.
+
+    Checkpoints name the router's matrix in two ways, and both are kept, so that they load and save
+    unchanged: as a child layer (``linear="layer"``: quantizable), or as the router's own raw ``weight``
+    (``linear=None``: ``mlx.nn.quantize`` never sees it, the choice of the DeepSeek line, whose routing is
+    sensitive to rounding).
+
+    Args:
+        spec: what to do with the logits.
+        hidden: model width.
+        linear: name of the child layer, or None for a raw ``weight [num_experts, hidden]``.
+        selection_bias: name of the ``[num_experts]`` selection bias, or None.
+    """
+
+    def __init__(
+        self,
+        spec: RouterSpec,
+        hidden: int,
+        *,
+        linear: str | None = "layer",
+        selection_bias: str | None = None,
+    ):
+        super().__init__()
+        self.spec = spec
+        self._linear = linear
+        self._selection_bias = selection_bias
+        layer = Linear(hidden, spec.num_experts, bias=False)
+        if linear is None:
+            self.weight = layer.weight
+        else:
+            setattr(self, linear, layer)
+        if selection_bias is not None:
+            setattr(self, selection_bias, mx.zeros((spec.num_experts,)))
+
+    @property
+    def selection_bias(self) -> mx.array | None:
+        """``[num_experts]``, or None where the family has none."""
+        return None if self._selection_bias is None else self[self._selection_bias]
+
+    def logits(self, x: mx.array) -> mx.array:
+        """x: ``[..., hidden]`` -> ``[..., num_experts]``."""
+        if self._linear is None:
+            return x @ self.weight.T
+        y: mx.array = self[self._linear](x)
+        return y
+
+    def __call__(self, x: mx.array) -> Routing:
+        """x: ``[..., hidden]`` -> indices and weights ``[..., top_k]``."""
+        return ops.route(
+            self.logits(x), self.spec, selection_bias=self.selection_bias, backend=training_backend(self)
+        )

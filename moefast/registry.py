@@ -1,0 +1,171 @@
+"""Backends and the choice among them.
+
+A :class:`Backend` is a name, a probe, and a table of kernels. A :class:`Kernel` is a callable and a
+``why_not`` that says, of a :class:`Problem`, why it cannot run it. :func:`choose` walks an explicit,
+ordered tuple of backends; nothing is scanned, nothing registers itself on import.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .env import settings
+from .errors import refuse
+
+log = logging.getLogger("moefast")
+if settings.log and not log.handlers:
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+
+
+class Problem(NamedTuple):
+    """Everything a backend may base its choice on: static facts, no array values.
+
+    Attributes:
+        op: name of the operation: ``route``, ``switch_glu``, ``experts``, ``moe``, ``quantized_matmul``.
+        device: ``cpu`` or ``gpu``: where MLX would run it now.
+        dtype: of ``x`` (of ``logits`` for ``route``).
+        phase: ``empty`` (no tokens), ``decode`` (1), ``band`` (2-127) or ``prefill`` (128 and more).
+        details: the operation's own static facts: specs and layouts, in the order its module documents.
+    """
+
+    op: str
+    device: str
+    dtype: mx.Dtype
+    phase: str
+    details: tuple[Hashable, ...]
+
+
+def phase_of(shape: tuple[int, ...]) -> str:
+    """The shape class of a call on ``[..., features]``."""
+    tokens = math.prod(shape[:-1])
+    if tokens > 127:
+        return "prefill"
+    if tokens > 1:
+        return "band"
+    return "decode" if tokens else "empty"
+
+
+def _always(problem: Problem) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one operation. ``why_not`` gives a reason to refuse a problem, or None."""
+
+    run: Callable[..., Any]
+    why_not: Callable[[Problem], str | None] = _always
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A named table of kernels. ``probe`` says why the backend cannot run here, or None; asked once."""
+
+    name: str
+    kernels: Mapping[str, Kernel]
+    probe: Callable[[], str | None] = field(default=lambda: None)
+
+    @cached_property
+    def unavailable(self) -> str | None:
+        """The probe's reason, remembered."""
+        return self.probe()
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Why this backend cannot run ``problem``, or None."""
+        if self.unavailable is not None:
+            return self.unavailable
+        kernel = self.kernels.get(problem.op)
+        if kernel is None:
+            return f"no {problem.op} kernel"
+        return kernel.why_not(problem)
+
+
+class Choice(NamedTuple):
+    """What will run a problem, and why the backends before it will not (name -> reason)."""
+
+    backend: str
+    run: Callable[..., Any]
+    refused: Mapping[str, str]
+
+
+class Registry:
+    """The ordered backends of a process, the default among them and the choices made so far."""
+
+    def __init__(self, backends: tuple[Backend, ...]):
+        self.backends = backends  # fastest first: the order in which "auto" asks
+        self._default: str | None = None  # None: MOEFAST_BACKEND
+        self._override: ContextVar[str | None] = ContextVar("moefast_backend", default=None)
+        self._choices: dict[tuple[Problem, str], Choice] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> tuple[str, ...]:
+        """Names that may be asked for."""
+        return ("auto", *(b.name for b in self.backends))
+
+    def check(self, name: str) -> str:
+        """``name`` if it may be asked for; raises ValueError otherwise."""
+        if name not in self.names():
+            refuse("backend", f"backend must be one of {self.names()}", repr(name))
+        return name
+
+    @property
+    def default(self) -> str:
+        """What ``backend="auto"`` means here and now: the context's override, the process's default, or
+        MOEFAST_BACKEND."""
+        return self._override.get() or self._default or self.check(settings.backend)
+
+    def choose(self, problem: Problem, backend: str = "auto") -> Choice:
+        """The kernel for a problem. A named backend runs or raises ValueError with its reason; only
+        ``"auto"`` looks further."""
+        if backend == "auto":
+            backend = self.default
+        choice = self._choices.get((problem, backend))
+        return choice if choice is not None else self._decide(problem, backend)
+
+    def _decide(self, problem: Problem, backend: str) -> Choice:
+        self.check(backend)
+        refused: dict[str, str] = {}
+        for candidate in self.backends:
+            if backend not in ("auto", candidate.name):
+                continue
+            reason = candidate.why_not(problem)
+            if reason is None:
+                choice = Choice(candidate.name, candidate.kernels[problem.op].run, refused)
+                self._choices[problem, backend] = choice
+                log.info("%s: %s%s", problem, candidate.name, f", not {refused}" if refused else "")
+                return choice
+            refused[candidate.name] = reason
+        refuse(problem.op, f"backend {backend!r} must be able to run {problem}", refused)
+
+    def choices(self) -> list[tuple[Problem, Choice]]:
+        """Every choice made so far: what ``moefast generate`` and ``MOEFAST_LOG`` report."""
+        return [(problem, choice) for (problem, _), choice in self._choices.items()]
+
+    def set_default(self, name: str | None) -> str | None:
+        """Set the process's default; returns the former one."""
+        with self._lock:
+            former, self._default = self._default, name
+        return former
+
+    def push(self, name: str) -> Token[str | None]:
+        """Override the default in this context (thread or task)."""
+        return self._override.set(name)
+
+    def pop(self, token: Token[str | None]) -> None:
+        """Undo :meth:`push`."""
+        self._override.reset(token)
+
+
+def device_name() -> str:
+    """``cpu`` or ``gpu``: where MLX would run an operation issued now."""
+    return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"

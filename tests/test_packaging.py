@@ -1,0 +1,107 @@
+"""What a release carries, and that an installed one finds its Metal sources."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from moefast.paths import kernels_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Release(NamedTuple):
+    sdist: Path
+    wheel: Path
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """The sdist, and the wheel built from that sdist alone."""
+    pytest.importorskip("build")
+    pytest.importorskip("scikit_build_core")
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT)
+    (sdist,) = out.glob("*.tar.gz")
+    (wheel,) = out.glob("*.whl")
+    return Release(sdist, wheel)
+
+
+@pytest.fixture(scope="module")
+def wheel_names(release: Release) -> set[str]:
+    with zipfile.ZipFile(release.wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.mark.parametrize("name", ["kernels/README.md", "py.typed", "paths.py"])
+def test_wheel_carries(wheel_names: set[str], name: str) -> None:
+    assert f"moefast/{name}" in wheel_names
+
+
+def test_wheel_holds_nothing_but_the_package(wheel_names: set[str]) -> None:
+    folders = {name.split("/")[0] for name in wheel_names}
+    assert folders == {"moefast", f"moefast-{pyproject_version()}.dist-info"}
+
+
+def test_wheel_version_is_pyprojects(release: Release) -> None:
+    version = pyproject_version()
+    with zipfile.ZipFile(release.wheel) as archive:
+        metadata = archive.read(f"moefast-{version}.dist-info/METADATA").decode()
+    assert HeaderParser().parsestr(metadata)["Version"] == version
+
+
+@pytest.mark.parametrize(
+    "name", ["CMakeLists.txt", "pyproject.toml", "LICENSE", "kernels/README.md", "csrc/README.md"]
+)
+def test_sdist_carries(release: Release, name: str) -> None:
+    with tarfile.open(release.sdist) as archive:
+        assert f"moefast-{pyproject_version()}/{name}" in archive.getnames()
+
+
+def test_kernels_dir_of_this_install() -> None:
+    assert (kernels_dir() / "README.md").is_file()
+
+
+def test_kernels_dir_of_an_installed_wheel(release: Release, tmp_path: Path) -> None:
+    run(
+        sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", tmp_path, release.wheel
+    )
+    # -S leaves out the .pth files, and with them the editable install that would answer first;
+    # the libraries moefast imports then have to be named.
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sorted(libraries)])}
+    program = "from moefast.paths import kernels_dir; print(kernels_dir())"
+    assert run(sys.executable, "-S", "-P", "-c", program, env=env).strip() == str(
+        tmp_path.resolve() / "moefast" / "kernels"
+    )
+
+
+def test_kernels_dir_names_the_places_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moefast.paths.__file__", str(tmp_path / "moefast" / "paths.py"))
+    with pytest.raises(FileNotFoundError) as error:
+        kernels_dir()
+    assert str(tmp_path.resolve() / "moefast" / "kernels") in str(error.value)
+    assert str(tmp_path.resolve() / "kernels") in str(error.value)
+
+
+def pyproject_version() -> str:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    assert isinstance(version, str)
+    return version
