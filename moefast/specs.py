@@ -225,7 +225,9 @@ class RouterSpec(_Spec):
         self._check_groups()
         _whole(name, "identity_experts", self.identity_experts, 0)
         if self.identity_experts >= self.num_experts:
-            refuse(name, f"identity_experts must be below num_experts={self.num_experts}", self.identity_experts)
+            refuse(
+                name, f"identity_experts must be below num_experts={self.num_experts}", self.identity_experts
+            )
 
     def _check_groups(self) -> None:
         name = "RouterSpec"

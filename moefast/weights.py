@@ -56,7 +56,7 @@ class Projection:
         ValueError: a shape or dtype does not fit ``quant``.
     """
 
-    __slots__ = ("weight", "scales", "biases", "bias", "global_scale", "quant", "layout")
+    __slots__ = ("bias", "biases", "global_scale", "layout", "quant", "scales", "weight")
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class ExpertWeights:
         ValueError: the projections do not fit one another.
     """
 
-    __slots__ = ("up", "down", "gate", "activation", "layout")
+    __slots__ = ("activation", "down", "gate", "layout", "up")
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class ExpertWeights:
 
 
 class ExpertLayout(NamedTuple):
-    """Static description of :class:`ExpertWeights` or, with ``num_experts`` 0, of the dense one shared by all tokens."""
+    """Static description of :class:`ExpertWeights` (``num_experts`` 0: of a shared expert)."""
 
     num_experts: int
     hidden: int
@@ -243,7 +243,7 @@ class SharedExpert:
         output_gate: ``hidden -> 1``; the output is multiplied by ``sigmoid(output_gate(x))`` (Qwen2-MoE).
     """
 
-    __slots__ = ("up", "down", "gate", "activation", "output_gate", "layout")
+    __slots__ = ("activation", "down", "gate", "layout", "output_gate", "up")
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class MoE(mlx.nn.Module):
         shared_gate: bool = False,
         bias: bool = False,
         activation: Activation = Activation(),  # noqa: B008 (frozen)
-        names: Names = Names(),  # noqa: B008 (frozen)
+        names: Names = Names(),
         combine_dtype: mx.Dtype | None = None,
     ):
         super().__init__()
@@ -155,5 +155,3 @@ class MoE(mlx.nn.Module):
                 gate = sum_gradients(self.sharding_group)(gate)
             shared = mx.sigmoid(gate) * shared
         return y + shared
-
-

@@ -69,7 +69,8 @@ class QuantizedSwitchLinear(_Stack):
         mode: str = "affine",
     ):
         super().__init__()
-        default_group, default_bits = {"affine": (64, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}.get(mode, (32, 4))
+        defaults = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+        default_group, default_bits = defaults[mode]
         self.group_size = group_size or default_group
         self.bits = bits or default_bits
         self.mode = mode
@@ -146,4 +147,3 @@ class SwitchGLU(mlx.nn.Module):
         hidden = activate(self.activation, self.gate_proj(rows, indices), self.up_proj(rows, indices))
         y: mx.array = self.down_proj(hidden, indices)
         return y.squeeze(-2)
-

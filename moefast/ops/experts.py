@@ -14,9 +14,7 @@ from ..weights import ExpertLayout, ExpertWeights, Shape, form_of
 from ._checks import check_combine_dtype, check_indices, check_rows, dtype_of
 
 
-def switch_glu(
-    x: mx.array, weights: ExpertWeights, indices: mx.array, *, backend: str = "auto"
-) -> mx.array:
+def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array, *, backend: str = "auto") -> mx.array:
     """The output of every route, uncombined: what mlx-lm's SwitchGLU (or SwitchMLP) returns.
 
     Args:

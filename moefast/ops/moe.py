@@ -82,7 +82,9 @@ def _problem(
     check_rows("moe", "x", shape, dtype, layout.hidden, "hidden")
     check_rows("moe", "logits", logits_shape, logits_dtype, spec.num_experts, "num_experts")
     if logits_shape[:-1] != shape[:-1]:
-        refuse("moe", f"logits must be {(*shape[:-1], spec.num_experts)} for x of shape {shape}", logits_shape)
+        refuse(
+            "moe", f"logits must be {(*shape[:-1], spec.num_experts)} for x of shape {shape}", logits_shape
+        )
     if layout.num_experts != spec.num_experts - spec.identity_experts:
         refuse(
             "moe",

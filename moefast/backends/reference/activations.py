@@ -66,9 +66,7 @@ _PLAIN: dict[str, Callable[[mx.array], mx.array]] = {
 
 @lru_cache(maxsize=64)
 def _gated(activation: Activation) -> Gated:
-    function: Gated = mx.compile(
-        partial(_GATED[activation.name], **activation.parameters()), shapeless=True
-    )
+    function: Gated = mx.compile(partial(_GATED[activation.name], **activation.parameters()), shapeless=True)
     return function
 
 

@@ -1,0 +1,132 @@
+"""Grouped-query attention between a model's own projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as mlx_nn
+from mlx.nn.layers.distributed import shard_linear
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from ..errors import refuse
+
+Norm = Callable[[mx.array], mx.array]
+
+
+class Attention(mlx_nn.Module):
+    """Scaled dot-product attention with rotary positions and fewer key-value heads than query heads.
+
+    A model derives from it and adds its projections: named as its checkpoints name them, fused or not.
+
+    Args:
+        heads: query heads.
+        kv_heads: key and value heads; each serves ``heads / kv_heads`` query heads (Ainslie et al.,
+            arXiv:2305.13245).
+        head_dim: size of a head.
+        rope: rotation of queries and keys.
+        scale: factor on the scores; ``1 / sqrt(head_dim)`` by default.
+    """
+
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, rope: mlx_nn.Module, scale: float | None = None
+    ):
+        super().__init__()
+        self.n_heads = heads
+        self.n_kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.rope = rope
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: mx.array | str | None,
+        cache: Any | None,
+        *,
+        query_norm: Norm | None = None,
+        key_norm: Norm | None = None,
+    ) -> mx.array:
+        """Attention of projected inputs.
+
+        Args:
+            queries: ``[batch, length, heads * head_dim]``.
+            keys, values: ``[batch, length, kv_heads * head_dim]``.
+            mask: as mlx-lm's ``create_attention_mask`` makes it.
+            cache: an mlx-lm KV cache, updated in place, or None.
+            query_norm, key_norm: applied per head, before the rotation.
+
+        Returns:
+            ``[batch, length, heads * head_dim]``.
+        """
+        batch, length, _ = queries.shape
+        queries = queries.reshape(batch, length, self.n_heads, self.head_dim)
+        keys = keys.reshape(batch, length, self.n_kv_heads, self.head_dim)
+        values = values.reshape(batch, length, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        if query_norm is not None:
+            queries = query_norm(queries)
+        if key_norm is not None:
+            keys = key_norm(keys)
+        queries, keys = queries.transpose(0, 2, 1, 3), keys.transpose(0, 2, 1, 3)
+        offset = 0 if cache is None else cache.offset
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        y: mx.array = scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+        )
+        return y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+    def split_fused(self, fused: mx.array) -> list[mx.array]:
+        """Queries, keys and values out of one product ``[..., (heads + 2 * kv_heads) * head_dim]``."""
+        return mx.split(fused, self._fused_segments(), axis=-1)
+
+    def _fused_segments(self) -> list[int]:
+        queries = self.n_heads * self.head_dim
+        return [queries, queries + self.n_kv_heads * self.head_dim]
+
+    def shard_heads(
+        self,
+        group: mx.distributed.Group,
+        *,
+        into: tuple[str, ...] = (),
+        fused: str | None = None,
+        out: str,
+    ) -> None:
+        """Give each rank of a tensor-parallel group its share of the heads.
+
+        Args:
+            into: names of separate query, key and value projections.
+            fused: name of a fused projection instead.
+            out: name of the output projection.
+
+        Raises:
+            ValueError: the heads do not divide among the ranks.
+        """
+        ranks = group.size()
+        for name, heads in (("heads", self.n_heads), ("key-value heads", self.n_kv_heads)):
+            if heads % ranks:
+                refuse("shard", f"{heads} {name} must divide among the ranks", ranks)
+        for name in into:
+            setattr(self, name, shard_linear(self[name], "all-to-sharded", group=group))
+        if fused is not None:
+            segments = self._fused_segments()
+            setattr(
+                self,
+                fused,
+                shard_linear(self[fused], "all-to-sharded", segments=segments, group=group),
+            )
+        setattr(self, out, shard_linear(self[out], "sharded-to-all", group=group))
+        self.n_heads //= ranks
+        self.n_kv_heads //= ranks
+
+
+class SeparateAttention(Attention):
+    """Attention with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, sharded by heads."""
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Split the heads over a tensor-parallel group."""
+        self.shard_heads(group, into=("q_proj", "k_proj", "v_proj"), out="o_proj")

@@ -1,0 +1,147 @@
+"""What the five models share around their layers: the layer stack (pipelined or not) and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as mlx_nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.pipeline import PipelineMixin
+
+from ..nn import MLP, MoE
+
+
+class PreNormLayer(mlx_nn.Module):
+    """``h = x + m attention(norm(x))``, then ``h + m ffn(norm(h))`` (m: residual multiplier).
+
+    Args:
+        attention: under the attribute name ``ATTENTION``.
+        ffn: an MoE block or a dense MLP, under ``FFN``.
+        hidden: model width.
+        eps: of the norms.
+        residual_multiplier: factor on each branch; 1 but for Granite.
+    """
+
+    ATTENTION = "self_attn"
+    FFN = "mlp"
+
+    def __init__(
+        self,
+        attention: mlx_nn.Module,
+        ffn: MoE | MLP,
+        hidden: int,
+        eps: float,
+        residual_multiplier: float = 1.0,
+    ):
+        super().__init__()
+        setattr(self, self.ATTENTION, attention)
+        setattr(self, self.FFN, ffn)
+        self.input_layernorm = mlx_nn.RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = mlx_nn.RMSNorm(hidden, eps=eps)
+        self.residual_multiplier = residual_multiplier
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None) -> mx.array:
+        """x: ``[batch, length, hidden]`` -> the same shape."""
+        h = self._add(x, self[self.ATTENTION](self.input_layernorm(x), mask, cache))
+        return self._add(h, self[self.FFN](self.post_attention_layernorm(h)))
+
+    def _add(self, x: mx.array, branch: mx.array) -> mx.array:
+        return x + (branch if self.residual_multiplier == 1.0 else branch * self.residual_multiplier)
+
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Split attention heads and feed-forward widths over a tensor-parallel group."""
+        self[self.ATTENTION].shard(group)
+        self[self.FFN].shard(group)
+
+
+class Backbone(PipelineMixin, mlx_nn.Module):  # type: ignore[misc]
+    """The stack of decoder layers, whole or this rank's part of a pipeline.
+
+    A model derives from it and sets ``layers``, its embedding and its final norm.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pipeline_group: mx.distributed.Group | None = None
+
+    def pipeline(self, group: mx.distributed.Group, split: Sequence[int] | None = None) -> None:
+        """Keep this rank's layers: rank 0 the last ones, the highest rank the first (mlx-lm's order)."""
+        super().pipeline(group, split)
+        self._pipeline_group = group
+
+    def run_layers(self, h: mx.array, cache: Sequence[Any] | None) -> mx.array:
+        """Embeddings ``[batch, length, hidden]`` through this process's layers, then (in a pipeline) on to
+        the other ranks: every rank returns the last layer's output."""
+        layers = self.pipeline_layers
+        cache = [None] * len(layers) if cache is None else cache
+        mask = create_attention_mask(h, cache[0])
+        rank, size, group = self.pipeline_rank, self.pipeline_size, self._pipeline_group
+        if rank < size - 1:
+            h = mx.distributed.recv_like(h, rank + 1, group=group)
+        for layer, layer_cache in zip(layers, cache, strict=True):
+            h = layer(h, mask, layer_cache)
+        if rank != 0:
+            h = mx.distributed.send(h, rank - 1, group=group)
+            if cache[-1] is not None:
+                # Evaluating the cache alone must not leave the next rank waiting for this output.
+                cache[-1].keys = mx.depends(cache[-1].keys, h)
+        if size > 1:
+            h = mx.distributed.all_gather(h, group=group)[: h.shape[0]]
+        return h
+
+
+class CausalLM(mlx_nn.Module):
+    """mlx-lm's ``Model`` interface around a backbone.
+
+    Args:
+        args: the family's ``ModelArgs``.
+        backbone: under the attribute name ``BACKBONE``.
+        head: ``hidden -> vocabulary``; None where the embedding is the head (tied).
+    """
+
+    BACKBONE = "model"
+    EMBEDDING = "embed_tokens"
+    # Parameters that stay in float32 when a model is cast: rounding a selection bias moves experts.
+    KEEP_FLOAT32: tuple[str, ...] = ()
+
+    def __init__(self, args: Any, backbone: Backbone, head: mlx_nn.Module | None):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        setattr(self, self.BACKBONE, backbone)
+        if head is not None:
+            self.lm_head = head
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Token ids ``[batch, length]`` -> logits ``[batch, length, vocabulary]``."""
+        return self.head(self[self.BACKBONE](inputs, cache))
+
+    def head(self, h: mx.array) -> mx.array:
+        """Hidden states ``[..., hidden]`` -> logits ``[..., vocabulary]``."""
+        if "lm_head" in self:
+            y: mx.array = self.lm_head(h)
+            return y
+        tied: mx.array = self[self.BACKBONE][self.EMBEDDING].as_linear(h)
+        return tied
+
+    @property
+    def layers(self) -> list[Any]:
+        """This process's decoder layers: what mlx-lm makes caches for."""
+        return list(self[self.BACKBONE].pipeline_layers)
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Split every layer over a tensor-parallel group. Embedding, norms, routers and head stay whole.
+
+        Raises:
+            ValueError: heads or widths do not divide among the ranks.
+        """
+        group = group or mx.distributed.init()
+        for layer in self.layers:
+            layer.shard(group)
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """Which parameters follow the model's dtype; asked by ``mlx_lm.convert``."""
+        return lambda path: not any(name in path for name in self.KEEP_FLOAT32)
