@@ -103,7 +103,7 @@ class Registry:
 
     def __init__(self, backends: tuple[Backend, ...]):
         self.backends = backends  # fastest first: the order in which "auto" asks
-        self._default: str | None = None  # None: MOEFAST_BACKEND
+        self._defaults: list[tuple[object, str]] = []  # of the process, with their tokens; the last one holds
         self._override: ContextVar[str | None] = ContextVar("moefast_backend", default=None)
         self._choices: dict[tuple[Problem, str], Choice] = {}
         self._lock = threading.Lock()
@@ -122,7 +122,14 @@ class Registry:
     def default(self) -> str:
         """What ``backend="auto"`` means here and now: the context's override, the process's default, or
         MOEFAST_BACKEND."""
-        return self._override.get() or self._default or self.check(settings.backend)
+        defaults = self._defaults
+        return self._override.get() or (defaults[-1][1] if defaults else self._of_environment)
+
+    @cached_property
+    def _of_environment(self) -> str:
+        if settings.backend not in self.names():
+            refuse("env", f"MOEFAST_BACKEND must be one of {self.names()}", repr(settings.backend))
+        return settings.backend
 
     def choose(self, problem: Problem, backend: str = "auto") -> Choice:
         """The kernel for a problem. A named backend runs or raises ValueError with its reason; only
@@ -152,10 +159,23 @@ class Registry:
         return [(problem, choice) for (problem, _), choice in self._choices.items()]
 
     def set_default(self, name: str | None) -> str | None:
-        """Set the process's default; returns the former one."""
+        """Set the process's default, None for the environment's; returns the former one."""
         with self._lock:
-            former, self._default = self._default, name
+            former = self._defaults[-1][1] if self._defaults else None
+            self._defaults = [] if name is None else [(object(), name)]
         return former
+
+    def add_default(self, name: str) -> object:
+        """Set the process's default until it is withdrawn, by the token returned."""
+        token = object()
+        with self._lock:
+            self._defaults = [*self._defaults, (token, name)]
+        return token
+
+    def withdraw_default(self, token: object) -> None:
+        """Undo one :meth:`add_default`, whatever other threads have set since."""
+        with self._lock:
+            self._defaults = [default for default in self._defaults if default[0] is not token]
 
     def push(self, name: str) -> Token[str | None]:
         """Override the default in this context (thread or task)."""

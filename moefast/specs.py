@@ -26,9 +26,15 @@ def _one_of(spec: str, field: str, value: object, allowed: tuple[object, ...]) -
         refuse(spec, f"{field} must be one of {allowed}", repr(value))
 
 
-def _finite(spec: str, field: str, value: float, *, positive: bool = False) -> None:
-    if not math.isfinite(value) or (positive and value <= 0):
-        refuse(spec, f"{field} must be finite{' and above 0' if positive else ''}", value)
+def _finite(spec: str, field: str, value: object, *, positive: bool = False) -> None:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or (positive and number <= 0):
+        refuse(spec, f"{field} must be finite{' and above 0' if positive else ''}", repr(value))
+
+
+def _flag(spec: str, field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        refuse(spec, f"{field} must be True or False", repr(value))
 
 
 def _whole(spec: str, field: str, value: object, low: int) -> None:
@@ -63,6 +69,8 @@ class QuantSpec(_Spec):
 
     def __post_init__(self) -> None:
         _one_of("QuantSpec", "mode", self.mode, ("affine", *_FP_MODES))
+        for field in ("bits", "group_size"):
+            _whole("QuantSpec", field, getattr(self, field), 1)
         if self.mode == "affine":
             _one_of("QuantSpec", "bits", self.bits, _AFFINE_BITS)
             _one_of("QuantSpec", "group_size", self.group_size, _AFFINE_GROUPS)
@@ -215,6 +223,8 @@ class RouterSpec(_Spec):
         _one_of(name, "eps_form", self.eps_form, ("add", "max"))
         _one_of(name, "scale_place", self.scale_place, ("weights", "output"))
         _one_of(name, "weight_dtype", self.weight_dtype, (None, "logits", *FLOAT_DTYPES))
+        for field in ("precise", "renormalize"):
+            _flag(name, field, getattr(self, field))
         _finite(name, "temperature", self.temperature, positive=True)
         _finite(name, "scale", self.scale)
         for field in ("softcap", "renormalize_eps"):

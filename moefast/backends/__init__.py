@@ -37,12 +37,12 @@ class use_backend:  # noqa: N801 (used like a function)
 
     def __init__(self, name: str):
         self._name = registry.check(name)
-        self._former = registry.set_default(name)
+        self._default = registry.add_default(name)
         self._tokens: list[Token[str | None]] = []
 
     def __enter__(self) -> use_backend:
         if not self._tokens:  # the statement's effect on the process becomes this context's
-            registry.set_default(self._former)
+            registry.withdraw_default(self._default)
         self._tokens.append(registry.push(self._name))
         return self
 

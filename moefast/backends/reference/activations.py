@@ -17,7 +17,8 @@ Gated = Callable[[mx.array, mx.array], mx.array]
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
+    y: mx.array = nn.silu(gate) * up
+    return y
 
 
 def _swiglu_oai(gate: mx.array, up: mx.array, *, alpha: float, limit: float) -> mx.array:
@@ -38,7 +39,8 @@ def _swiglu_clamped(gate: mx.array, up: mx.array, *, limit: float) -> mx.array:
 
 
 def _geglu_tanh(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.gelu_approx(gate) * up
+    y: mx.array = nn.gelu_approx(gate) * up
+    return y
 
 
 def _situ(gate: mx.array, up: mx.array, *, beta: float, linear_beta: float | None) -> mx.array:

@@ -6,6 +6,8 @@ On a GPU these are MLX's own operations. MLX's CPU lacks three things, supplied 
 - quantized products accumulate in the dtype of x (5-9 % error in bfloat16): x is upcast to float32 and
   the result rounded once.
 - nvfp4's ``global_scale`` is refused: the product is scaled afterwards, which is the same thing.
+
+And a quantized product without rows, which ends the process with a division by zero, is not started.
 """
 
 from __future__ import annotations
@@ -25,22 +27,22 @@ _CHUNK_BYTES = 256 << 20
 def dense(x: mx.array, projection: Projection) -> mx.array:
     """``x @ w.T + bias``. x: ``[..., in]`` -> ``[..., out]``."""
     p = projection
-    dtype = output_dtype(x, p)
-    if p.quant is None:
+    if p.quant is None or p.scales is None:
         return x @ p.weight.T if p.bias is None else mx.addmm(p.bias, x, p.weight.T)
-    else:
-        on_cpu = device_name() == "cpu"
+    if x.size:
         y = mx.quantized_matmul(
-            x.astype(mx.float32) if on_cpu else x,
+            x.astype(mx.float32) if device_name() == "cpu" else x,
             p.weight,
             p.scales,
             p.biases,
             transpose=True,
             **p.quant.mlx_arguments(),
         )
-        if p.global_scale is not None:
-            y = y * (p.global_scale / _NVFP4_RANGE)
-        y = y.astype(dtype)
+    else:  # MLX's CPU kernel divides by the number of rows: the process would die
+        y = mx.zeros((*x.shape[:-1], p.layout.out_dims))
+    if p.global_scale is not None:
+        y = y * (p.global_scale / _NVFP4_RANGE)
+    y = y.astype(output_dtype(x, p))
     return y if p.bias is None else y + p.bias
 
 
@@ -58,7 +60,7 @@ def gathered(x: mx.array, projection: Projection, indices: mx.array, *, in_order
     """
     p = projection
     on_cpu = device_name() == "cpu"
-    if p.quant is None:
+    if p.quant is None or p.scales is None:
         if on_cpu and p.weight.dtype != mx.float32:
             y = _blocked(x, p.weight, indices)
         else:
@@ -87,16 +89,15 @@ def output_dtype(x: mx.array, projection: Projection) -> mx.Dtype:
 
 
 def _gathered_quantized_cpu(x: mx.array, p: Projection, indices: mx.array) -> mx.array:
-    assert p.quant is not None
-    packed = (p.weight, p.scales, p.biases)
-    chosen = indices
+    assert p.quant is not None and p.scales is not None
+    weight, scales, biases, chosen = p.weight, p.scales, p.biases, indices
     # MLX casts the scales of the whole stack to x's dtype. With few routes it is cheaper to take the
     # experts in use out of the stack first: copied packed, so still small.
     if p.layout.dtype in (mx.float16, mx.bfloat16) and 2 * indices.size < p.layout.num_experts:
         flat = indices.flatten()
-        packed = tuple(None if a is None else a[flat] for a in packed)
+        weight, scales = weight[flat], scales[flat]
+        biases = None if biases is None else biases[flat]
         chosen = mx.arange(indices.size, dtype=mx.uint32).reshape(indices.shape)
-    weight, scales, biases = packed
     y = mx.gather_qmm(
         x.astype(mx.float32),
         weight,
