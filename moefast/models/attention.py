@@ -7,10 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as mlx_nn
-from mlx.nn.layers.distributed import shard_linear
+from mlx.nn.layers.distributed import shard_linear, sum_gradients
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..errors import refuse
+from ..nn.sharding import check_split
 
 Norm = Callable[[mx.array], mx.array]
 
@@ -28,6 +29,12 @@ class Attention(mlx_nn.Module):
         rope: rotation of queries and keys.
         scale: factor on the scores; ``1 / sqrt(head_dim)`` by default.
     """
+
+    # Names of the projections: three of queries, keys and values or a fused one, and that of the output.
+    INPUTS: tuple[str, ...]
+    OUTPUT: str
+    # Names of the norms of queries and keys, which a model need not have.
+    NORMS: tuple[str, ...] = ()
 
     def __init__(
         self, heads: int, kv_heads: int, head_dim: int, rope: mlx_nn.Module, scale: float | None = None
@@ -76,57 +83,65 @@ class Attention(mlx_nn.Module):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         y: mx.array = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+            queries,
+            keys,
+            values,
+            cache=cache,
+            scale=self.scale,
+            mask=mask,  # type: ignore[arg-type]  # "causal" is a mask too
         )
         return y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
     def split_fused(self, fused: mx.array) -> list[mx.array]:
         """Queries, keys and values out of one product ``[..., (heads + 2 * kv_heads) * head_dim]``."""
-        return mx.split(fused, self._fused_segments(), axis=-1)
+        return list(mx.split(fused, self._fused_segments(), axis=-1))
 
     def _fused_segments(self) -> list[int]:
         queries = self.n_heads * self.head_dim
         return [queries, queries + self.n_kv_heads * self.head_dim]
 
-    def shard_heads(
-        self,
-        group: mx.distributed.Group,
-        *,
-        into: tuple[str, ...] = (),
-        fused: str | None = None,
-        out: str,
-    ) -> None:
-        """Give each rank of a tensor-parallel group its share of the heads.
+    def check_shard(self, group: mx.distributed.Group) -> None:
+        """Raise ValueError where the heads do not divide among the ranks."""
+        ranks = group.size()
+        for name, heads in (("query heads", self.n_heads), ("key-value heads", self.n_kv_heads)):
+            if heads % ranks:
+                refuse("shard", f"{heads} {name} must divide among the ranks", ranks)
+        check_split(self, self.INPUTS, self.OUTPUT, group)
 
-        Args:
-            into: names of separate query, key and value projections.
-            fused: name of a fused projection instead.
-            out: name of the output projection.
+    def shard(self, group: mx.distributed.Group) -> None:
+        """Give each rank of a tensor-parallel group its share of the heads; the output projection sums.
 
         Raises:
             ValueError: the heads do not divide among the ranks.
         """
-        ranks = group.size()
-        for name, heads in (("heads", self.n_heads), ("key-value heads", self.n_kv_heads)):
-            if heads % ranks:
-                refuse("shard", f"{heads} {name} must divide among the ranks", ranks)
-        for name in into:
-            setattr(self, name, shard_linear(self[name], "all-to-sharded", group=group))
-        if fused is not None:
-            segments = self._fused_segments()
-            setattr(
-                self,
-                fused,
-                shard_linear(self[fused], "all-to-sharded", segments=segments, group=group),
-            )
-        setattr(self, out, shard_linear(self[out], "sharded-to-all", group=group))
-        self.n_heads //= ranks
-        self.n_kv_heads //= ranks
+        self.check_shard(group)
+        fused = len(self.INPUTS) == 1
+        for name in self.INPUTS:
+            segments = self._fused_segments() if fused else 1
+            layer = shard_linear(self[name], "all-to-sharded", segments=segments, group=group)
+            setattr(self, name, layer)
+        setattr(self, self.OUTPUT, shard_linear(self[self.OUTPUT], "sharded-to-all", group=group))
+        for name in self.NORMS:
+            if name in self:
+                setattr(self, name, _ReplicatedNorm(self[name], group))
+        self.n_heads //= group.size()
+        self.n_kv_heads //= group.size()
+
+
+class _ReplicatedNorm(mlx_nn.RMSNorm):
+    """A norm that every rank applies to its own heads: its weight's gradient is summed over the ranks."""
+
+    def __init__(self, norm: mlx_nn.RMSNorm, group: mx.distributed.Group):
+        super().__init__(norm.weight.shape[0], norm.eps)
+        self.weight = norm.weight
+        self._summed = sum_gradients(group)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self._summed(self.weight), self.eps)
 
 
 class SeparateAttention(Attention):
-    """Attention with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, sharded by heads."""
+    """Attention with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``."""
 
-    def shard(self, group: mx.distributed.Group) -> None:
-        """Split the heads over a tensor-parallel group."""
-        self.shard_heads(group, into=("q_proj", "k_proj", "v_proj"), out="o_proj")
+    INPUTS = ("q_proj", "k_proj", "v_proj")
+    OUTPUT = "o_proj"

@@ -50,13 +50,18 @@ class PreNormLayer(mlx_nn.Module):
     def _add(self, x: mx.array, branch: mx.array) -> mx.array:
         return x + (branch if self.residual_multiplier == 1.0 else branch * self.residual_multiplier)
 
+    def check_shard(self, group: mx.distributed.Group) -> None:
+        """Raise ValueError where heads or widths do not divide among the ranks."""
+        self[self.ATTENTION].check_shard(group)
+        self[self.FFN].check_shard(group)
+
     def shard(self, group: mx.distributed.Group) -> None:
         """Split attention heads and feed-forward widths over a tensor-parallel group."""
         self[self.ATTENTION].shard(group)
         self[self.FFN].shard(group)
 
 
-class Backbone(PipelineMixin, mlx_nn.Module):  # type: ignore[misc]
+class Backbone(PipelineMixin, mlx_nn.Module):
     """The stack of decoder layers, whole or this rank's part of a pipeline.
 
     A model derives from it and sets ``layers``, its embedding and its final norm.
@@ -73,7 +78,11 @@ class Backbone(PipelineMixin, mlx_nn.Module):  # type: ignore[misc]
 
     def run_layers(self, h: mx.array, cache: Sequence[Any] | None) -> mx.array:
         """Embeddings ``[batch, length, hidden]`` through this process's layers, then (in a pipeline) on to
-        the other ranks: every rank returns the last layer's output."""
+        the other ranks: every rank returns the last layer's output.
+
+        In a pipeline a call is to be evaluated before the next one is made, as generation does: MLX keeps no
+        order between one call's ``all_gather`` and the next one's ``send``.
+        """
         layers = self.pipeline_layers
         cache = [None] * len(layers) if cache is None else cache
         mask = create_attention_mask(h, cache[0])
@@ -135,9 +144,11 @@ class CausalLM(mlx_nn.Module):
         """Split every layer over a tensor-parallel group. Embedding, norms, routers and head stay whole.
 
         Raises:
-            ValueError: heads or widths do not divide among the ranks.
+            ValueError: heads or widths do not divide among the ranks; nothing has been split then.
         """
         group = group or mx.distributed.init()
+        for layer in self.layers:
+            layer.check_shard(group)
         for layer in self.layers:
             layer.shard(group)
 

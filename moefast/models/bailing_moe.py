@@ -27,12 +27,11 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as mlx_nn
 
-from ..errors import refuse
 from ..nn import MLP, Embedding, Linear, MoE, Router
 from ..specs import RouterSpec
 from .attention import Attention as BaseAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
-from .checkpoints import Weights, drop, keep_at, rename, stack_experts
+from .checkpoints import Weights, drop_unused, keep_at, rename, stack_experts
 from .config import BaseArgs
 from .rope import make_rope
 
@@ -42,6 +41,11 @@ class ModelArgs(BaseArgs):
     """The fields of config.json that shape the model."""
 
     ALIASES: ClassVar = {"num_experts": ("num_local_experts", "n_routed_experts")}
+    ROUTER_WORDS: ClassVar = {
+        "top_k": "num_experts_per_tok",
+        "num_groups": "n_group",
+        "top_groups": "topk_group",
+    }
 
     model_type: str
     hidden_size: int  # width of the residual stream
@@ -54,7 +58,7 @@ class ModelArgs(BaseArgs):
     num_attention_heads: int  # query heads
     num_experts_per_tok: int  # experts per token (k)
     num_hidden_layers: int  # decoder layers
-    num_key_value_heads: int  # key-value heads; 0 means as many as query heads
+    num_key_value_heads: int  # key-value heads, shared by groups of query heads
     rms_norm_eps: float  # added to the mean square in every RMSNorm
     rope_theta: float  # base of the rotary wavelengths
     vocab_size: int  # rows of the embedding
@@ -91,10 +95,10 @@ class ModelArgs(BaseArgs):
         if self.tie_word_embeddings:
             # The original would normalise the embedding along with the head.
             self.require("norm_head", (False, None), " where tie_word_embeddings is set")
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.check_heads(self.num_attention_heads, self.num_key_value_heads)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.num_experts is not None and self.n_group > 1 and self.topk_group > self.n_group:
-            refuse(self.model_type, f"topk_group must be in 1..n_group={self.n_group}", self.topk_group)
+        if self.num_experts is not None:
+            self.check_routing()
 
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer has experts."""
@@ -129,6 +133,10 @@ class ModelArgs(BaseArgs):
 class Attention(BaseAttention):
     """Grouped-query attention with one fused projection for queries, keys and values."""
 
+    INPUTS = ("query_key_value",)
+    OUTPUT = "dense"
+    NORMS = ("query_layernorm", "key_layernorm")
+
     def __init__(self, args: ModelArgs):
         heads, kv_heads, head_dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
         assert head_dim is not None
@@ -160,10 +168,6 @@ class Attention(BaseAttention):
             key_norm=self.get("key_layernorm"),
         )
         return self.dense(y)
-
-    def shard(self, group: mx.distributed.Group) -> None:
-        """Split the heads over a tensor-parallel group."""
-        self.shard_heads(group, fused="query_key_value", out="dense")
 
 
 class DecoderLayer(PreNormLayer):
@@ -199,7 +203,8 @@ class BailingMoE(Backbone):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
-        return self.norm(self.run_layers(self.word_embeddings(inputs), cache))
+        y: mx.array = self.norm(self.run_layers(self.word_embeddings(inputs), cache))
+        return y
 
 
 class Model(CausalLM):
@@ -215,15 +220,14 @@ class Model(CausalLM):
     def sanitize(self, weights: Weights) -> Weights:
         """Tensors of an original or an mlx-lm checkpoint -> this model's.
 
-        - With ``norm_head``, the columns of an unquantized head are normalised (a second time changes
-          nothing). A quantized head was normalised before it was packed.
+        - With ``norm_head``, the columns of an unquantized head are normalised. A second time changes
+          nothing in half precision, and in float32 no more than the last bits. A quantized head was
+          normalised before it was packed.
         - ``mlp.experts.{e}.*``: the experts are stacked.
         - The router's ``gate.weight`` becomes the linear layer ``gate.gate_proj``.
-        - A tied checkpoint may repeat the embedding as ``lm_head``: dropped.
+        - What no layer reads is dropped: :func:`~moefast.models.checkpoints.drop_unused`.
         """
         args = self.args
-        if args.tie_word_embeddings:
-            weights = drop(weights, lambda key: key.startswith("lm_head."))
         if args.norm_head and "lm_head.weight" in weights and "lm_head.scales" not in weights:
             head = weights["lm_head.weight"]
             norm = mx.linalg.norm(head.astype(mx.float32), axis=0, keepdims=True) + 1e-7
@@ -232,7 +236,7 @@ class Model(CausalLM):
             mlp = f"model.layers.{layer}.mlp"
             stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", args.num_experts or 0)
             rename(weights, [(f"{mlp}.gate.weight", f"{mlp}.gate.gate_proj.weight")])
-        return weights
+        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)
 
     def quantization(
         self, *, bits: int = 8, group_size: int = 64

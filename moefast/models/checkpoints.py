@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -34,9 +35,21 @@ def stack_experts(
                     weights[f"{target}.{projection}.{part}"] = mx.stack([weights.pop(key) for key in keys])
 
 
-def drop(weights: Weights, unwanted: Callable[[str], bool]) -> Weights:
-    """``weights`` without the keys that ``unwanted`` picks."""
-    return {key: value for key, value in weights.items() if not unwanted(key)}
+def drop_unused(weights: Weights, *, layers: int, tied: bool) -> Weights:
+    """``weights`` without the tensors that checkpoints carry and no model here reads.
+
+    - Layers past the last one: multi-token prediction (arXiv:2412.19437, section 2.2), which speculates on
+      a further token and takes no part in plain decoding.
+    - ``lm_head`` beside tied embeddings: a copy of the embedding.
+    - ``rotary_emb.inv_freq``: a constant that old versions of transformers saved.
+    """
+
+    def unused(key: str) -> bool:
+        layer = re.match(r"(?:model\.layers|transformer\.blocks)\.(\d+)\.", key)
+        past_the_end = layer is not None and int(layer[1]) >= layers
+        return past_the_end or (tied and key.startswith("lm_head.")) or key.endswith("rotary_emb.inv_freq")
+
+    return {key: value for key, value in weights.items() if not unused(key)}
 
 
 def rename(weights: Weights, pairs: Iterable[tuple[str, str]]) -> None:

@@ -36,12 +36,16 @@ from ..nn import Embedding, Linear, MoE, Names, Router
 from ..specs import RouterSpec
 from .attention import Attention as BaseAttention
 from .backbone import Backbone, CausalLM
-from .checkpoints import Weights, stack_experts
+from .checkpoints import Weights, drop_unused, stack_experts
 from .config import BaseArgs
 from .rope import make_rope
 
 # DBRX's names of the projections and ours: silu(w1 x) * (v1 x), then w2.
 _PROJECTIONS = {"w1": "gate_proj", "v1": "up_proj", "w2": "down_proj"}
+
+# transformers 5 reads rope_parameters and copies attn_config as it is: of an original configuration, whose
+# only theta (500000) is in attn_config, it makes one that also has its own default in rope_parameters.
+_FILLED_IN_THETA = 10000.0
 
 
 @dataclass
@@ -54,6 +58,7 @@ class ModelArgs(BaseArgs):
         "n_layers": ("num_hidden_layers",),
         "max_seq_len": ("max_position_embeddings",),
     }
+    ROUTER_WORDS: ClassVar = {"num_experts": "ffn_config.moe_num_experts", "top_k": "ffn_config.moe_top_k"}
 
     model_type: str
     vocab_size: int  # rows of the embedding
@@ -61,14 +66,15 @@ class ModelArgs(BaseArgs):
     ffn_config: dict[str, Any]  # the experts: see the properties below
     attn_config: dict[str, Any]  # the attention: see the properties below
     n_layers: int  # decoder layers, all of them sparse
-    n_heads: int  # query heads; head_dim = d_model / heads
+    n_heads: int  # query heads; a head has d_model / heads dimensions
     max_seq_len: int | None = None  # trained context length; where dynamic rope scaling starts
-    rope_theta: float | None = None  # transformers 5 moved it here from attn_config
+    rope_theta: float | None = None  # base of the rotary wavelengths, where attn_config has none
     rope_scaling: dict[str, Any] | None = None  # context extension; see models/rope.py
-    tie_word_embeddings: bool = False  # the embedding is the head
+    tie_word_embeddings: bool = False  # no original implements it: must be false
 
     def __post_init__(self) -> None:
         family = self.model_type
+        self.require("tie_word_embeddings", (False,))
         for section, needed in (
             ("ffn_config", ("ffn_hidden_size", "moe_num_experts", "moe_top_k")),
             ("attn_config", ("kv_n_heads",)),
@@ -84,11 +90,18 @@ class ModelArgs(BaseArgs):
             refuse(family, "ffn_config.moe_normalize_expert_weights must be 1 (the L1 norm) or null", norm)
         if self.theta is None:
             refuse(family, "rope_theta must be set in attn_config or rope_parameters", None)
+        if self.rope_theta not in (None, self.theta, _FILLED_IN_THETA):
+            refuse(
+                family, f"rope_theta must agree with attn_config, which gives {self.theta}", self.rope_theta
+            )
+        self.check_heads(self.n_heads, self.kv_heads)
+        self.check_routing()
 
     @property
     def theta(self) -> float | None:
         """Base of the rotary wavelengths, from either generation of transformers."""
-        return self.attn_config.get("rope_theta", self.rope_theta)
+        given: float | None = self.attn_config.get("rope_theta")
+        return self.rope_theta if given is None else given
 
     @property
     def kv_heads(self) -> int:
@@ -123,6 +136,9 @@ class ModelArgs(BaseArgs):
 
 class Attention(BaseAttention):
     """Grouped-query attention with a fused, clipped projection."""
+
+    INPUTS = ("Wqkv",)
+    OUTPUT = "out_proj"
 
     def __init__(self, args: ModelArgs):
         heads, kv_heads, head_dim = args.n_heads, args.kv_heads, args.d_model // args.n_heads
@@ -179,9 +195,14 @@ class DecoderLayer(mlx_nn.Module):
         residual, h = self.norm_attn_norm(x, mask, cache)
         return residual + self.ffn(h)
 
+    def check_shard(self, group: mx.distributed.Group) -> None:
+        """Raise ValueError where heads or widths do not divide among the ranks."""
+        self.norm_attn_norm.attn.check_shard(group)
+        self.ffn.check_shard(group)
+
     def shard(self, group: mx.distributed.Group) -> None:
         """Split attention heads and expert widths over a tensor-parallel group."""
-        self.norm_attn_norm.attn.shard_heads(group, fused="Wqkv", out="out_proj")
+        self.norm_attn_norm.attn.shard(group)
         self.ffn.shard(group)
 
 
@@ -196,7 +217,8 @@ class DBRX(Backbone):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> hidden states ``[batch, length, d_model]``."""
-        return self.norm_f(self.run_layers(self.wte(inputs), cache))
+        y: mx.array = self.norm_f(self.run_layers(self.wte(inputs), cache))
+        return y
 
     @property
     def pipeline_layers(self) -> list[Any]:
@@ -217,8 +239,7 @@ class Model(CausalLM):
     EMBEDDING = "wte"
 
     def __init__(self, args: ModelArgs):
-        head = None if args.tie_word_embeddings else Linear(args.d_model, args.vocab_size, bias=False)
-        super().__init__(args, DBRX(args), head)
+        super().__init__(args, DBRX(args), Linear(args.d_model, args.vocab_size, bias=False))
 
     @property
     def model(self) -> Backbone:
@@ -233,7 +254,7 @@ class Model(CausalLM):
           ``[experts * width, d_model]``: reshaped into stacks. ``w2`` is stored transposed, so its slices
           are turned round.
         - mlx-lm's checkpoints hold ``experts.{e}.{w1,v1,w2}``: stacked.
-        - A tied checkpoint may repeat the embedding as ``lm_head``: dropped.
+        - What no layer reads is dropped: :func:`~moefast.models.checkpoints.drop_unused`.
         """
         experts = self.args.num_experts
         for layer in range(self.args.n_layers):
@@ -246,9 +267,7 @@ class Model(CausalLM):
                         stack = mx.contiguous(stack.swapaxes(1, 2))
                     weights[f"{ffn}.switch_mlp.{projection}.weight"] = stack
             stack_experts(weights, f"{ffn}.experts", f"{ffn}.switch_mlp", experts, _PROJECTIONS)
-        if self.args.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
-        return weights
+        return drop_unused(weights, layers=self.args.n_layers, tied=False)
 
 
 def unstack_experts(weights: Mapping[str, mx.array]) -> Weights:
@@ -261,6 +280,7 @@ def unstack_experts(weights: Mapping[str, mx.array]) -> Weights:
             result[key] = value
             continue
         ffn, projection, part = found.groups()
-        for expert in range(value.shape[0]):
-            result[f"{ffn}.experts.{expert}.{names[projection]}.{part}"] = value[expert]
+        # An index would copy; a slice does not.
+        for expert, view in enumerate(mx.split(value, value.shape[0])):
+            result[f"{ffn}.experts.{expert}.{names[projection]}.{part}"] = view.squeeze(0)
     return result

@@ -18,7 +18,6 @@ families keep; there is nothing to configure.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,7 +29,7 @@ from ..nn import MLP, Embedding, Linear, MoE, Router
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
-from .checkpoints import Weights, drop, stack_experts
+from .checkpoints import Weights, drop_unused, stack_experts
 from .config import BaseArgs
 from .rope import make_rope
 
@@ -40,6 +39,12 @@ class ModelArgs(BaseArgs):
     """The fields of config.json that shape the model."""
 
     ALIASES: ClassVar = {"n_routed_experts": ("num_local_experts", "num_experts")}
+    ROUTER_WORDS: ClassVar = {
+        "num_experts": "n_routed_experts",
+        "top_k": "num_experts_per_tok",
+        "num_groups": "n_group",
+        "top_groups": "topk_group",
+    }
 
     model_type: str
     vocab_size: int  # rows of the embedding
@@ -63,8 +68,8 @@ class ModelArgs(BaseArgs):
     use_qk_norm: bool  # RMSNorm on every query and key head
     tie_word_embeddings: bool  # the embedding is the head
     attention_bias: bool  # biases in q, k and v projections (never in o)
-    head_dim: int | None = None  # size of a head; not hidden_size / heads in this family
-    partial_rotary_factor: float = 1.0  # share of each head that is rotated
+    head_dim: int | None = None  # size of a head; hidden_size / heads by default
+    partial_rotary_factor: float = 0.5  # share of each head that is rotated
     rope_scaling: dict[str, Any] | None = None  # context extension; see models/rope.py
     scoring_func: str = "sigmoid"  # how logits become scores
     topk_method: str = "noaux_tc"  # selection bias without auxiliary loss
@@ -74,7 +79,10 @@ class ModelArgs(BaseArgs):
         self.require("hidden_act", ("silu",))
         self.require("scoring_func", ("sigmoid",))
         self.require("topk_method", ("noaux_tc",))
+        self.check_heads(self.num_attention_heads, self.num_key_value_heads)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.n_routed_experts is not None:
+            self.check_routing()
 
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer has experts."""
@@ -100,6 +108,8 @@ class ModelArgs(BaseArgs):
 
 class Attention(SeparateAttention):
     """Grouped-query attention: partial rotation, optional norms on queries and keys."""
+
+    NORMS = ("q_norm", "k_norm")
 
     def __init__(self, args: ModelArgs):
         heads, kv_heads, head_dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
@@ -165,7 +175,8 @@ class Glm4MoE(Backbone):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
-        return self.norm(self.run_layers(self.embed_tokens(inputs), cache))
+        y: mx.array = self.norm(self.run_layers(self.embed_tokens(inputs), cache))
+        return y
 
 
 class Model(CausalLM):
@@ -181,19 +192,10 @@ class Model(CausalLM):
         """Tensors of an original or an mlx-lm checkpoint -> this model's.
 
         - ``mlp.experts.{e}.*``: the experts are stacked.
-        - Layers past the last one are dropped: the checkpoint's multi-token prediction layer
-          (arXiv:2412.19437, section 2.2), which speculates on a further token and takes no part in plain
-          decoding.
-        - A tied checkpoint may repeat the embedding as ``lm_head``: dropped.
+        - What no layer reads is dropped: :func:`~moefast.models.checkpoints.drop_unused`.
         """
-        layers = self.args.num_hidden_layers
-        for layer in range(layers):
+        args = self.args
+        for layer in range(args.num_hidden_layers):
             mlp = f"model.layers.{layer}.mlp"
-            stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", self.args.n_routed_experts or 0)
-
-        def unwanted(key: str) -> bool:
-            layer = re.match(r"model\.layers\.(\d+)\.", key)
-            past_the_end = layer is not None and int(layer[1]) >= layers
-            return past_the_end or (self.args.tie_word_embeddings and key.startswith("lm_head."))
-
-        return drop(weights, unwanted)
+            stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", args.n_routed_experts or 0)
+        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)

@@ -33,7 +33,7 @@ from ..nn import Embedding, Linear, MoE, Names, Router
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
-from .checkpoints import Weights, drop, keep_at
+from .checkpoints import Weights, drop_unused, keep_at
 from .config import BaseArgs
 from .rope import make_rope
 
@@ -43,12 +43,13 @@ class ModelArgs(BaseArgs):
     """The fields of config.json that shape the model."""
 
     ALIASES: ClassVar = {"num_local_experts": ("num_experts", "n_routed_experts")}
+    ROUTER_WORDS: ClassVar = {"num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
 
     model_type: str
     hidden_size: int  # width of the residual stream
     num_hidden_layers: int  # decoder layers, all of them sparse
     intermediate_size: int  # width of one expert
-    num_attention_heads: int  # query heads; head_dim = hidden_size / heads
+    num_attention_heads: int  # query heads
     rms_norm_eps: float  # added to the mean square in every RMSNorm
     vocab_size: int  # rows of the embedding
     logits_scaling: float  # logits are divided by it
@@ -61,12 +62,16 @@ class ModelArgs(BaseArgs):
     rope_theta: float  # base of the rotary wavelengths
     num_local_experts: int  # experts per layer
     num_experts_per_tok: int  # experts per token (k)
+    head_dim: int | None = None  # size of a head; hidden_size / heads by default
     rope_scaling: dict[str, Any] | None = None  # context extension; see models/rope.py
     tie_word_embeddings: bool = True  # the embedding is the head
     hidden_act: str = "silu"  # activation of the experts' gate
 
     def __post_init__(self) -> None:
         self.require("hidden_act", ("silu",))
+        self.check_heads(self.num_attention_heads, self.num_key_value_heads)
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.check_routing()
 
     def router_spec(self) -> RouterSpec:
         """Top k of the logits, then a float32 softmax over the selected."""
@@ -83,8 +88,8 @@ class Attention(SeparateAttention):
     """Grouped-query attention whose scores are scaled by ``attention_multiplier``."""
 
     def __init__(self, args: ModelArgs):
-        heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
-        head_dim = args.hidden_size // heads
+        heads, kv_heads, head_dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+        assert head_dim is not None
         rope = make_rope(
             args.model_type,
             head_dim,
@@ -135,7 +140,8 @@ class GraniteMoE(Backbone):
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
         h = self.embed_tokens(inputs) * self.embedding_multiplier
-        return self.norm(self.run_layers(h, cache))
+        y: mx.array = self.norm(self.run_layers(h, cache))
+        return y
 
 
 class Model(CausalLM):
@@ -147,14 +153,15 @@ class Model(CausalLM):
 
     def head(self, h: mx.array) -> mx.array:
         """Hidden states -> logits, divided by ``logits_scaling``."""
-        return super().head(h) / self.args.logits_scaling
+        scaling: float = self.args.logits_scaling
+        return super().head(h) / scaling
 
     def sanitize(self, weights: Weights) -> Weights:
         """Tensors of an original or an mlx-lm checkpoint -> this model's.
 
         - ``input_linear [E, 2 * width, hidden]`` holds gate and up of every expert, gate first: split.
         - ``output_linear`` is the stack of down projections: renamed.
-        - A tied checkpoint may repeat the embedding as ``lm_head``: dropped.
+        - What no layer reads is dropped: :func:`~moefast.models.checkpoints.drop_unused`.
         """
         for layer in range(self.args.num_hidden_layers):
             block = f"model.layers.{layer}.block_sparse_moe"
@@ -166,9 +173,8 @@ class Model(CausalLM):
             down = weights.pop(f"{block}.output_linear.weight", None)
             if down is not None:
                 weights[f"{block}.switch_mlp.down_proj.weight"] = down
-        if self.args.tie_word_embeddings:
-            weights = drop(weights, lambda key: key.startswith("lm_head."))
-        return weights
+        args = self.args
+        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)
 
     def quantization(
         self, *, bits: int = 8, group_size: int = 64

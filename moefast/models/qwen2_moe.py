@@ -25,11 +25,12 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as mlx_nn
 
+from ..errors import refuse
 from ..nn import MLP, Embedding, Linear, MoE, Names
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
-from .checkpoints import Weights, drop, stack_experts
+from .checkpoints import Weights, drop_unused, stack_experts
 from .config import BaseArgs
 from .rope import make_rope
 
@@ -39,12 +40,13 @@ class ModelArgs(BaseArgs):
     """The fields of config.json that shape the model."""
 
     ALIASES: ClassVar = {"num_experts": ("num_local_experts", "n_routed_experts")}
+    ROUTER_WORDS: ClassVar = {"top_k": "num_experts_per_tok"}
 
     model_type: str
     hidden_size: int  # width of the residual stream
     num_hidden_layers: int  # decoder layers
     intermediate_size: int  # width of the MLP in layers without experts
-    num_attention_heads: int  # query heads; head_dim = hidden_size / heads
+    num_attention_heads: int  # query heads
     num_experts_per_tok: int  # experts per token (k)
     num_experts: int  # routed experts per layer; 0 makes every layer dense
     moe_intermediate_size: int  # width of one routed expert
@@ -52,6 +54,7 @@ class ModelArgs(BaseArgs):
     rms_norm_eps: float  # added to the mean square in every RMSNorm
     vocab_size: int  # rows of the embedding
     num_key_value_heads: int | None = None  # key-value heads; as many as query heads by default
+    head_dim: int | None = None  # size of a head; hidden_size / heads by default
     rope_theta: float = 1000000.0  # base of the rotary wavelengths
     rope_traditional: bool = False  # rotate neighbouring pairs instead of halves (mlx-lm's own setting)
     rope_scaling: dict[str, Any] | None = None  # context extension; see models/rope.py
@@ -62,12 +65,21 @@ class ModelArgs(BaseArgs):
     decoder_sparse_step: int = 1  # layer i is sparse where (i + 1) is a multiple of it ...
     mlp_only_layers: list[int] | None = field(default_factory=list)  # ... and i is not listed here
     use_sliding_window: bool = False  # window attention: not implemented
+    # the same layer by layer: every one must be full_attention
+    layer_types: list[str] | None = field(default=None, compare=False)
     hidden_act: str = "silu"  # activation of the gates
 
     def __post_init__(self) -> None:
         self.require("hidden_act", ("silu",))
         self.require("use_sliding_window", (False, None))
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if set(self.layer_types or ()) - {"full_attention"}:
+            refuse(self.model_type, "layer_types must all be 'full_attention'", self.layer_types)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.check_heads(self.num_attention_heads, self.num_key_value_heads)
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_experts > 0:
+            self.check_routing()
 
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer has experts."""
@@ -90,9 +102,9 @@ class Attention(SeparateAttention):
     """Grouped-query attention with biases on q, k and v."""
 
     def __init__(self, args: ModelArgs):
-        heads, kv_heads = args.num_attention_heads, args.num_key_value_heads
+        heads, kv_heads, head_dim = args.num_attention_heads, args.num_key_value_heads, args.head_dim
         assert kv_heads is not None
-        head_dim = args.hidden_size // heads
+        assert head_dim is not None
         rope = make_rope(
             args.model_type,
             head_dim,
@@ -144,7 +156,8 @@ class Qwen2MoE(Backbone):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
-        return self.norm(self.run_layers(self.embed_tokens(inputs), cache))
+        y: mx.array = self.norm(self.run_layers(self.embed_tokens(inputs), cache))
+        return y
 
 
 class Model(CausalLM):
@@ -158,11 +171,10 @@ class Model(CausalLM):
         """Tensors of an original or an mlx-lm checkpoint -> this model's.
 
         - ``mlp.experts.{e}.*``: the experts are stacked.
-        - A tied checkpoint may repeat the embedding as ``lm_head``: dropped.
+        - What no layer reads is dropped: :func:`~moefast.models.checkpoints.drop_unused`.
         """
-        for layer in range(self.args.num_hidden_layers):
+        args = self.args
+        for layer in range(args.num_hidden_layers):
             mlp = f"model.layers.{layer}.mlp"
-            stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", self.args.num_experts)
-        if self.args.tie_word_embeddings:
-            weights = drop(weights, lambda key: key.startswith("lm_head."))
-        return weights
+            stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", args.num_experts)
+        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)

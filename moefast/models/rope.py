@@ -1,7 +1,7 @@
-"""Rotary position embeddings: mlx-lm's, with every setting it would ignore refused by name.
+"""Rotary position embeddings: mlx-lm's, with the settings it would misread set right or refused by name.
 
-Su et al., "RoFormer" (arXiv:2104.09864). Scaling: linear (Chen et al. 2023), dynamic NTK, YaRN (Peng et
-al., arXiv:2309.00071), Llama 3.
+Su et al., "RoFormer" (arXiv:2104.09864). Scaling: linear (Chen et al., arXiv:2306.15595), dynamic NTK, YaRN
+(Peng et al., arXiv:2309.00071), Llama 3 (arXiv:2407.21783).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, initialize_rope
 
 from ..errors import refuse
 
@@ -20,6 +21,7 @@ _NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    # mlx-lm would take 4096 for the last one, transformers max_position_embeddings.
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 
@@ -45,32 +47,68 @@ def make_rope(
     Raises:
         ValueError: a rope type that is not implemented, or one of its numbers is missing.
     """
-    scaling = dict(scaling) if scaling else {}
+    # A null says "the default", which mlx-lm would take for a number.
+    scaling = {name: value for name, value in (scaling or {}).items() if value is not None}
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope_type not in _TYPES:
         # mlx-lm would run longrope with the long factors only, and mrope without its sections.
         refuse(family, f"rope_scaling type must be one of {_TYPES}", repr(rope_type))
-    missing = [name for name in _NEEDS.get(rope_type, ()) if scaling.get(name) is None]
+    missing = [name for name in _NEEDS.get(rope_type, ()) if name not in scaling]
     if missing:
         refuse(family, f"rope_scaling of type {rope_type!r} must set {missing}", scaling)
-    if rope_type in ("dynamic", "llama3") and max_position_embeddings is None:
-        refuse(family, f"rope type {rope_type!r} needs max_position_embeddings", None)
-    if rope_type == "yarn":
-        _check_yarn(family, scaling)
     if dims <= 0 or dims % 2:
         refuse(family, "the rotated dimensions must be a positive even number", dims)
+    if rope_type == "dynamic":
+        if max_position_embeddings is None:
+            refuse(family, "rope type 'dynamic' needs max_position_embeddings", None)
+        return _DynamicRope(dims, max_position_embeddings, traditional, theta, scaling["factor"])
     rope: nn.Module = initialize_rope(
         dims, theta, traditional, {**scaling, "type": rope_type}, max_position_embeddings
     )
+    if rope_type == "yarn":
+        rope.mscale = _attention_factor(family, scaling)
     return rope
 
 
-def _check_yarn(family: str, scaling: Mapping[str, Any]) -> None:
-    """mlx-lm derives the attention factor from the other numbers and truncates the ramp's ends."""
-    factor = float(scaling["factor"])
-    attention_factor = scaling.get("attention_factor")
-    derived = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    if attention_factor is not None and not math.isclose(attention_factor, derived, rel_tol=1e-6):
-        refuse(family, f"yarn's attention_factor must be the derived {derived:.6g}", attention_factor)
+class _DynamicRope(DynamicNTKScalingRoPE):
+    """mlx-lm's, which cannot batch: here the longest row of a padded batch decides, as in transformers."""
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """x: ``[batch, heads, length, head_dim]``, offset: of all rows or ``[batch]`` -> the shape of x."""
+        if not isinstance(offset, mx.array):
+            y: mx.array = super().__call__(x, offset)
+            return y
+        trained = self.max_position_embeddings
+        length = mx.maximum(offset.max() + x.shape[-2], trained)
+        stretch = self.factor * length / trained - (self.factor - 1)
+        base = self.base * stretch ** (self.dims / (self.dims - 2))
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=self.traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=base ** (mx.arange(0, self.dims, 2) / self.dims),
+        )
+
+
+def _attention_factor(family: str, scaling: Mapping[str, Any]) -> float:
+    """YaRN's factor on rotated queries and keys, as transformers defines it; mlx-lm does not know
+    ``attention_factor``, nor the blunt edges of the ramp that ``truncate`` = false asks for."""
     if scaling.get("truncate") is False:
         refuse(family, "yarn's truncate must be true", False)
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    factor = float(scaling["factor"])
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if mscale and all_dim:
+        return _mscale(factor, mscale) / _mscale(factor, all_dim)
+    if (mscale or 1.0) != 1.0 or all_dim:
+        # DeepSeek's formula (mlx-lm's and Ling's) uses the one there is, transformers neither.
+        refuse(family, "yarn's mscale and mscale_all_dim must be set together", dict(scaling))
+    return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -43,7 +43,8 @@ class Linear(mlx.nn.Linear):
         """A quantized approximation of this layer; what ``mlx.nn.quantize`` calls."""
         if quantize_input:
             return super().to_quantized(group_size, bits, mode, quantize_input)
-        return QuantizedLinear.from_linear(self, group_size, bits, mode)
+        # MLX's None means the mode's default.
+        return QuantizedLinear.from_linear(self, group_size, bits, mode)  # type: ignore[arg-type]
 
 
 class QuantizedLinear(mlx.nn.QuantizedLinear):
@@ -71,7 +72,7 @@ class Embedding(mlx.nn.Embedding):
         """A quantized approximation of this layer; what ``mlx.nn.quantize`` calls."""
         if quantize_input:
             return super().to_quantized(group_size, bits, mode, quantize_input)
-        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)  # type: ignore[arg-type]
 
 
 class QuantizedEmbedding(mlx.nn.QuantizedEmbedding):

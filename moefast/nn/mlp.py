@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn
-from mlx.nn.layers.distributed import shard_inplace, shard_linear
+from mlx.nn.layers.distributed import shard_linear
 
 from ..backends.reference.activations import activate
 from ..specs import Activation
 from ..weights import SharedExpert
 from .linear import Linear
 from .projection import projection_of
+from .sharding import check_split, split_width
 
 
 class MLP(mlx.nn.Module):
@@ -54,25 +55,26 @@ class MLP(mlx.nn.Module):
         y: mx.array = self.down_proj(activate(self.activation, self.gate_proj(x), self.up_proj(x)))
         return y
 
+    def check_shard(self, group: mx.distributed.Group) -> None:
+        """Raise ValueError where the width does not divide among the ranks."""
+        check_split(self, ("gate_proj", "up_proj"), "down_proj", group)
+
     def shard(self, group: mx.distributed.Group) -> None:
-        """Split the width over a tensor-parallel group; the layers then communicate themselves."""
+        """Split the width over a tensor-parallel group; the layers then communicate themselves.
+
+        Raises:
+            ValueError: the width does not divide among the ranks.
+        """
+        self.check_shard(group)
         self.gate_proj = shard_linear(self.gate_proj, "all-to-sharded", group=group)
         self.up_proj = shard_linear(self.up_proj, "all-to-sharded", group=group)
         self.down_proj = shard_linear(self.down_proj, "sharded-to-all", group=group)
 
     def shard_in_place(self, group: mx.distributed.Group) -> None:
-        """Split the width; the caller sums the output over the group."""
+        """Split the width; the caller sums the output over the group.
+
+        Raises:
+            ValueError: the width does not divide among the ranks.
+        """
+        self.check_shard(group)
         split_width(self, group)
-
-
-def split_width(block: mlx.nn.Module, group: mx.distributed.Group) -> None:
-    """Keep this rank's share of the inner width of ``gate_proj``, ``up_proj`` and ``down_proj``.
-
-    A bias of the down projection stays on rank 0 only, as zeros elsewhere: the outputs are summed.
-    """
-    for name in ("gate_proj", "up_proj"):
-        shard_inplace(block[name], "all-to-sharded", group=group)
-    down = block["down_proj"]
-    shard_inplace(down, "sharded-to-all", group=group)
-    if "bias" in down and group.rank() != 0:
-        down.bias = mx.zeros_like(down.bias)

@@ -14,8 +14,9 @@ from ..errors import refuse
 from ..specs import Activation, RouterSpec
 from ..weights import SharedExpert
 from .linear import Linear, training_backend
-from .mlp import MLP, split_width
+from .mlp import MLP
 from .router import Router
+from .sharding import check_split, split_width
 from .switch import SwitchGLU
 
 
@@ -104,14 +105,22 @@ class MoE(mlx.nn.Module):
             backend=training_backend(self),
         )
 
+    def check_shard(self, group: mx.distributed.Group) -> None:
+        """Raise ValueError where :meth:`shard` would."""
+        if self.spec.identity_experts:
+            refuse("shard", "identity_experts must be 0", self.spec.identity_experts)
+        check_split(self[self.names.experts], ("gate_proj", "up_proj"), "down_proj", group)
+        if self._has_shared:
+            self[self.names.shared].check_shard(group)
+
     def shard(self, group: mx.distributed.Group) -> None:
         """Split every expert's width over a tensor-parallel group. The block sums its output itself.
 
         Raises:
-            ValueError: the block has identity experts, whose share would be summed once per rank.
+            ValueError: a width does not divide among the ranks, or the block has identity experts, whose
+                share would be summed once per rank.
         """
-        if self.spec.identity_experts:
-            refuse("MoE.shard", "identity_experts must be 0", self.spec.identity_experts)
+        self.check_shard(group)
         split_width(self[self.names.experts], group)
         if self._has_shared:
             self[self.names.shared].shard_in_place(group)
