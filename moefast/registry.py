@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -103,7 +104,9 @@ class Registry:
 
     def __init__(self, backends: tuple[Backend, ...]):
         self.backends = backends  # fastest first: the order in which "auto" asks
-        self._defaults: list[tuple[object, str]] = []  # of the process, with their tokens; the last one holds
+        # Of the process, each with its handle; the last one holds. One whose handle is gone can no longer
+        # be withdrawn, so nothing before it matters.
+        self._defaults: list[tuple[Callable[[], object], str]] = []
         self._override: ContextVar[str | None] = ContextVar("moefast_backend", default=None)
         self._choices: dict[tuple[Problem, str], Choice] = {}
         self._lock = threading.Lock()
@@ -156,26 +159,25 @@ class Registry:
 
     def choices(self) -> list[tuple[Problem, Choice]]:
         """Every choice made so far: what ``moefast generate`` and ``MOEFAST_LOG`` report."""
-        return [(problem, choice) for (problem, _), choice in self._choices.items()]
+        return [(problem, choice) for (problem, _), choice in list(self._choices.items())]
 
     def set_default(self, name: str | None) -> str | None:
         """Set the process's default, None for the environment's; returns the former one."""
         with self._lock:
             former = self._defaults[-1][1] if self._defaults else None
-            self._defaults = [] if name is None else [(object(), name)]
+            self._defaults = [] if name is None else [(lambda: None, name)]
         return former
 
-    def add_default(self, name: str) -> object:
-        """Set the process's default until it is withdrawn, by the token returned."""
-        token = object()
+    def add_default(self, name: str, handle: object) -> None:
+        """Set the process's default, until ``handle`` withdraws it or for good once ``handle`` is gone."""
         with self._lock:
-            self._defaults = [*self._defaults, (token, name)]
-        return token
+            gone = [i for i, (alive, _) in enumerate(self._defaults) if alive() is None]
+            self._defaults = [*self._defaults[gone[-1] if gone else 0 :], (weakref.ref(handle), name)]
 
-    def withdraw_default(self, token: object) -> None:
-        """Undo one :meth:`add_default`, whatever other threads have set since."""
+    def withdraw_default(self, handle: object) -> None:
+        """Undo ``handle``'s :meth:`add_default`, whatever other threads have set since."""
         with self._lock:
-            self._defaults = [default for default in self._defaults if default[0] is not token]
+            self._defaults = [default for default in self._defaults if default[0]() is not handle]
 
     def push(self, name: str) -> Token[str | None]:
         """Override the default in this context (thread or task)."""

@@ -37,12 +37,12 @@ class use_backend:  # noqa: N801 (used like a function)
 
     def __init__(self, name: str):
         self._name = registry.check(name)
-        self._default = registry.add_default(name)
+        registry.add_default(name, self)
         self._tokens: list[Token[str | None]] = []
 
     def __enter__(self) -> use_backend:
         if not self._tokens:  # the statement's effect on the process becomes this context's
-            registry.withdraw_default(self._default)
+            registry.withdraw_default(self)
         self._tokens.append(registry.push(self._name))
         return self
 

@@ -1,4 +1,4 @@
-"""What the five models share around their layers: the layer stack (pipelined or not) and the head."""
+"""What the five models share around their attention: the pre-norm layer, the stack of layers, the head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.nn as mlx_nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.pipeline import PipelineMixin
 
-from ..nn import MLP, MoE
+from ..nn import MLP, Embedding, Linear, MoE
 
 
 class PreNormLayer(mlx_nn.Module):
@@ -62,18 +62,49 @@ class PreNormLayer(mlx_nn.Module):
 
 
 class Backbone(PipelineMixin, mlx_nn.Module):
-    """The stack of decoder layers, whole or this rank's part of a pipeline.
+    """Embedding, the stack of decoder layers (whole, or this rank's part of a pipeline), final norm.
 
-    A model derives from it and sets ``layers``, its embedding and its final norm.
+    Args:
+        embedding, layers, norm: under the attribute names ``EMBEDDING``, ``LAYERS`` and ``NORM``, which a
+            model overrides where its checkpoints have others.
     """
 
-    def __init__(self) -> None:
+    EMBEDDING = "embed_tokens"
+    LAYERS = "layers"
+    NORM = "norm"
+
+    def __init__(self, embedding: Embedding, layers: list[Any], norm: mlx_nn.Module):
         super().__init__()
+        setattr(self, self.EMBEDDING, embedding)
+        setattr(self, self.LAYERS, layers)
+        setattr(self, self.NORM, norm)
         self._pipeline_group: mx.distributed.Group | None = None
+
+    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
+        y: mx.array = self[self.NORM](self.run_layers(self.embed(inputs), cache))
+        return y
+
+    def embed(self, inputs: mx.array) -> mx.array:
+        """Token ids ``[batch, length]`` -> embeddings ``[batch, length, hidden]``."""
+        y: mx.array = self[self.EMBEDDING](inputs)
+        return y
+
+    def as_head(self, h: mx.array) -> mx.array:
+        """The tied head: ``[..., hidden]`` -> logits ``[..., vocabulary]``."""
+        y: mx.array = self[self.EMBEDDING].as_linear(h)
+        return y
+
+    @property
+    def pipeline_layers(self) -> list[Any]:
+        """This rank's layers."""
+        return list(self[self.LAYERS][self.start_idx : self.end_idx])
 
     def pipeline(self, group: mx.distributed.Group, split: Sequence[int] | None = None) -> None:
         """Keep this rank's layers: rank 0 the last ones, the highest rank the first (mlx-lm's order)."""
+        self.layers = self.pop(self.LAYERS)  # the name mlx-lm's mixin works on
         super().pipeline(group, split)
+        setattr(self, self.LAYERS, self.pop("layers"))
         self._pipeline_group = group
 
     def run_layers(self, h: mx.array, cache: Sequence[Any] | None) -> mx.array:
@@ -107,21 +138,21 @@ class CausalLM(mlx_nn.Module):
     Args:
         args: the family's ``ModelArgs``.
         backbone: under the attribute name ``BACKBONE``.
-        head: ``hidden -> vocabulary``; None where the embedding is the head (tied).
+        tied: the embedding is the head; otherwise ``lm_head`` is.
     """
 
     BACKBONE = "model"
-    EMBEDDING = "embed_tokens"
     # Parameters that stay in float32 when a model is cast: rounding a selection bias moves experts.
     KEEP_FLOAT32: tuple[str, ...] = ()
 
-    def __init__(self, args: Any, backbone: Backbone, head: mlx_nn.Module | None):
+    def __init__(self, args: Any, backbone: Backbone, *, tied: bool):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
         setattr(self, self.BACKBONE, backbone)
-        if head is not None:
-            self.lm_head = head
+        if not tied:
+            vocabulary, hidden = backbone[backbone.EMBEDDING].weight.shape
+            self.lm_head = Linear(hidden, vocabulary, bias=False)
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> logits ``[batch, length, vocabulary]``."""
@@ -132,8 +163,8 @@ class CausalLM(mlx_nn.Module):
         if "lm_head" in self:
             y: mx.array = self.lm_head(h)
             return y
-        tied: mx.array = self[self.BACKBONE][self.EMBEDDING].as_linear(h)
-        return tied
+        backbone: Backbone = self[self.BACKBONE]
+        return backbone.as_head(h)
 
     @property
     def layers(self) -> list[Any]:

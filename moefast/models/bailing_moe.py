@@ -20,7 +20,7 @@ arXiv:2309.10305). In inference the weights are fixed, so it is done once, in ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -193,29 +193,21 @@ class DecoderLayer(PreNormLayer):
 
 
 class BailingMoE(Backbone):
-    """Embedding, layers, final norm."""
+    """The backbone with its checkpoints' names."""
 
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.word_embeddings = Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
-        self.norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-
-    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
-        y: mx.array = self.norm(self.run_layers(self.word_embeddings(inputs), cache))
-        return y
+    EMBEDDING = "word_embeddings"
 
 
 class Model(CausalLM):
     """Bailing MoE with its head, the interface mlx-lm expects."""
 
-    EMBEDDING = "word_embeddings"
     KEEP_FLOAT32 = ("expert_bias",)
 
     def __init__(self, args: ModelArgs):
-        head = None if args.tie_word_embeddings else Linear(args.hidden_size, args.vocab_size, bias=False)
-        super().__init__(args, BailingMoE(args), head)
+        embedding = Embedding(args.vocab_size, args.hidden_size)
+        layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
+        norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        super().__init__(args, BailingMoE(embedding, layers, norm), tied=args.tie_word_embeddings)
 
     def sanitize(self, weights: Weights) -> Weights:
         """Tensors of an original or an mlx-lm checkpoint -> this model's.

@@ -24,7 +24,7 @@ same gathered product, without any synchronisation. :func:`unstack_experts` give
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -207,39 +207,23 @@ class DecoderLayer(mlx_nn.Module):
 
 
 class DBRX(Backbone):
-    """Embedding, blocks, final norm."""
+    """The backbone with its checkpoints' names."""
 
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.wte = Embedding(args.vocab_size, args.d_model)
-        self.blocks = [DecoderLayer(args) for _ in range(args.n_layers)]
-        self.norm_f = mlx_nn.LayerNorm(args.d_model, bias=False)
-
-    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """Token ids ``[batch, length]`` -> hidden states ``[batch, length, d_model]``."""
-        y: mx.array = self.norm_f(self.run_layers(self.wte(inputs), cache))
-        return y
-
-    @property
-    def pipeline_layers(self) -> list[Any]:
-        """This rank's blocks."""
-        return list(self.blocks[self.start_idx : self.end_idx])
-
-    def pipeline(self, group: mx.distributed.Group, split: Sequence[int] | None = None) -> None:
-        """Keep this rank's blocks. The checkpoint says ``blocks`` where mlx-lm's mixin says ``layers``."""
-        self.layers = self.pop("blocks")
-        super().pipeline(group, split)
-        self.blocks = self.pop("layers")
+    EMBEDDING = "wte"
+    LAYERS = "blocks"
+    NORM = "norm_f"
 
 
 class Model(CausalLM):
     """DBRX with its head, the interface mlx-lm expects."""
 
     BACKBONE = "transformer"
-    EMBEDDING = "wte"
 
     def __init__(self, args: ModelArgs):
-        super().__init__(args, DBRX(args), Linear(args.d_model, args.vocab_size, bias=False))
+        embedding = Embedding(args.vocab_size, args.d_model)
+        layers = [DecoderLayer(args) for _ in range(args.n_layers)]
+        backbone = DBRX(embedding, layers, mlx_nn.LayerNorm(args.d_model, bias=False))
+        super().__init__(args, backbone, tied=False)
 
     @property
     def model(self) -> Backbone:

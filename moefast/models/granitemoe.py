@@ -22,7 +22,7 @@ to another expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,28 +128,24 @@ class DecoderLayer(PreNormLayer):
 
 
 class GraniteMoE(Backbone):
-    """Embedding, layers, final norm."""
+    """The backbone with scaled embeddings."""
 
     def __init__(self, args: ModelArgs):
-        super().__init__()
+        embedding = Embedding(args.vocab_size, args.hidden_size)
+        layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
+        super().__init__(embedding, layers, mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps))
         self.embedding_multiplier = args.embedding_multiplier
-        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
-        self.norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
-        h = self.embed_tokens(inputs) * self.embedding_multiplier
-        y: mx.array = self.norm(self.run_layers(h, cache))
-        return y
+    def embed(self, inputs: mx.array) -> mx.array:
+        """Token ids -> embeddings, times ``embedding_multiplier``."""
+        return super().embed(inputs) * self.embedding_multiplier
 
 
 class Model(CausalLM):
     """GraniteMoE with its head, the interface mlx-lm expects."""
 
     def __init__(self, args: ModelArgs):
-        head = None if args.tie_word_embeddings else Linear(args.hidden_size, args.vocab_size, bias=False)
-        super().__init__(args, GraniteMoE(args), head)
+        super().__init__(args, GraniteMoE(args), tied=args.tie_word_embeddings)
 
     def head(self, h: mx.array) -> mx.array:
         """Hidden states -> logits, divided by ``logits_scaling``."""

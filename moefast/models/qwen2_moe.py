@@ -18,7 +18,6 @@ linear layer named ``mlp.gate``, like every other layer, and so does this model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -145,27 +144,14 @@ class DecoderLayer(PreNormLayer):
         super().__init__(Attention(args), ffn, args.hidden_size, args.rms_norm_eps)
 
 
-class Qwen2MoE(Backbone):
-    """Embedding, layers, final norm."""
-
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
-        self.norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-
-    def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
-        y: mx.array = self.norm(self.run_layers(self.embed_tokens(inputs), cache))
-        return y
-
-
 class Model(CausalLM):
     """Qwen2-MoE with its head, the interface mlx-lm expects."""
 
     def __init__(self, args: ModelArgs):
-        head = None if args.tie_word_embeddings else Linear(args.hidden_size, args.vocab_size, bias=False)
-        super().__init__(args, Qwen2MoE(args), head)
+        embedding = Embedding(args.vocab_size, args.hidden_size)
+        layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
+        norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        super().__init__(args, Backbone(embedding, layers, norm), tied=args.tie_word_embeddings)
 
     def sanitize(self, weights: Weights) -> Weights:
         """Tensors of an original or an mlx-lm checkpoint -> this model's.

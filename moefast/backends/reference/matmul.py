@@ -89,7 +89,8 @@ def output_dtype(x: mx.array, projection: Projection) -> mx.Dtype:
 
 
 def _gathered_quantized_cpu(x: mx.array, p: Projection, indices: mx.array) -> mx.array:
-    assert p.quant is not None and p.scales is not None
+    assert p.quant is not None
+    assert p.scales is not None
     weight, scales, biases, chosen = p.weight, p.scales, p.biases, indices
     # MLX casts the scales of the whole stack to x's dtype. With few routes it is cheaper to take the
     # experts in use out of the stack first: copied packed, so still small.

@@ -84,11 +84,11 @@ def keep_top_groups(key: mx.array, spec: RouterSpec) -> mx.array:
        so what matters is how good its best few are, not one outlier. DeepSeek-V2 took the ``max``.
     3. The ``num_groups - top_groups`` groups of lowest score are dropped: ``argpartition`` on the group
        scores, whose order settles ties (lowest index dropped first).
-    4. *Fill value.* All keys of dropped groups become 0, or ``-inf``. 0 is what DeepSeek-V3, GLM-4.5 and
-       Ling run: harmless while keys are positive scores, but a strong negative selection bias can push a
-       kept expert's key below 0, and then an expert of a *dropped* group wins over it. Ling-2.5
-       (``bailing_hybrid``) fills with ``-inf``, which excludes them. Each family keeps its own value,
-       because the checkpoint was trained with it.
+    4. *Fill value.* All keys of dropped groups become 0, or ``-inf``. 0 is harmless while keys are positive
+       scores, but a strong negative selection bias can push a kept expert's key below 0, and then an
+       expert of a *dropped* group wins over it; ``-inf`` excludes them. The first public code of DeepSeek-V3
+       and GLM-4.5 filled with 0, Ling's with ``-inf``, and mlx-lm chose per family. A family keeps the value
+       that mlx-lm runs it with (``docs/differences.md`` lists the rest).
 
     Sources: DeepSeek-V2 (arXiv:2405.04434, section 2.2.2), DeepSeek-V3 (arXiv:2412.19437, section 2.1.2),
     GLM-4.5 (arXiv:2508.06471, section 2.1), Ling (arXiv:2503.05139).
