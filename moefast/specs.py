@@ -169,8 +169,8 @@ class RouterSpec(_Spec):
             with, or ``"-inf"``. They differ when a kept key is negative: 0 then wins over it.
         ties: of equal keys at the cut the ``lowest`` or the ``highest`` index wins. It names mlx-lm's two
             idioms, ``argpartition(-key)[:k]`` and ``argpartition(key)[-k:]``.
-        weights_from: weights are gathered from the unbiased ``scores``, or from the ``masked`` ones, in
-            which dropped groups hold the fill (DeepSeek-V2).
+        weights_from: weights are gathered from the unbiased ``scores``, or from the ``masked`` keys, in
+            which dropped groups hold the fill, which must then be zero (DeepSeek-V2).
         renormalize: divide a token's weights by their sum.
         renormalize_eps: guards that division; see ``eps_form``.
         eps_form: ``add``: ``sum + eps``; ``max``: ``max(sum, eps)`` (ERNIE 4.5).
@@ -241,6 +241,8 @@ class RouterSpec(_Spec):
 
     def _check_groups(self) -> None:
         name = "RouterSpec"
+        if self.weights_from == "masked" and self.dropped_fill != "zero":
+            refuse(name, "weights_from='masked' needs dropped_fill='zero'", repr(self.dropped_fill))
         _whole(name, "num_groups", self.num_groups, 1)
         _whole(name, "top_groups", self.top_groups, 1)
         if self.top_groups > self.num_groups:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from factories import Floats, MakeExperts, MakeProjection, MakeShared
 
 from moefast import Activation, ExpertWeights, Projection, QuantSpec, SharedExpert
-
-Floats = Callable[..., mx.array]
-MakeProjection = Callable[..., Projection]
-MakeExperts = Callable[..., ExpertWeights]
-MakeShared = Callable[..., SharedExpert]
 
 
 @pytest.fixture(autouse=True)

@@ -66,37 +66,42 @@ class Family:
 
 
 _SIGMOID = {"score": "sigmoid", "score_dtype": "float32"}
+_SELECTED = {"score_over": "selected"}
+_HIGHEST = {"ties": "highest"}
 _EPS = {"renormalize_eps": 1e-20}
+_CAST_BACK = {"weight_dtype": "logits"}
+_MINUS_INF = {"dropped_fill": "-inf"}
+
+# What DeepSeek-V3 and its many descendants have.
+_V3: dict[str, Any] = {"bias": True, "groups": True, "renormalize": "flag_above_one", "scaled": True}
 
 FAMILIES = (
     # A: the softmax of the selected logits, which is the softmax over all renormalised.
-    Family("mixtral", "A", {"score_over": "selected"}),
-    Family("jamba", "A", {"score_over": "selected"}),
-    Family("phixtral", "A", {"score_over": "selected"}),
-    Family("gpt_oss", "A", {"score_over": "selected", "ties": "highest"}),
-    Family("granitemoe", "A", {"score_over": "selected", "score_dtype": "float32", "ties": "highest"}),
+    Family("mixtral", "A", _SELECTED),
+    Family("jamba", "A", _SELECTED),
+    Family("phixtral", "A", _SELECTED),
+    Family("gpt_oss", "A", _SELECTED | _HIGHEST),
+    Family("granitemoe", "A", _SELECTED | _HIGHEST | {"score_dtype": "float32"}),
     # The hybrid takes a precise softmax where granitemoe casts: weights stay in the logits' dtype.
-    Family("granitemoehybrid", "A", {"score_over": "selected", "ties": "highest"}),
+    Family("granitemoehybrid", "A", _SELECTED | _HIGHEST),
     # The plain softmax, in the model's dtype.
-    Family("gemma4_text", "A", {"score_over": "selected", "precise": False, "ties": "highest"}, expert_scale=True),
+    Family("gemma4_text", "A", _SELECTED | _HIGHEST | {"precise": False}, expert_scale=True),
     # B: softmax over all, renormalised by flag.
-    Family("qwen3_moe", "B", {"ties": "highest"}, renormalize="flag"),
-    Family("qwen3_next", "B", {"ties": "highest"}, renormalize="flag"),
-    Family("mellum", "B", {"ties": "highest"}, renormalize="flag"),
+    Family("qwen3_moe", "B", _HIGHEST, renormalize="flag"),
+    Family("qwen3_next", "B", _HIGHEST, renormalize="flag"),
+    Family("mellum", "B", _HIGHEST, renormalize="flag"),
     Family("olmoe", "B", renormalize="flag"),
     # C: softmax over all, never renormalised.
     Family("qwen2_moe", "C"),
     Family("deepseek", "C"),
     Family("hunyuan", "C", combine="float32"),
     # D: variants of softmax.
-    Family(
-        "deepseek_v2", "D", {"group_score": "max", "weights_from": "masked"}, groups=True, scaled=True
-    ),
-    Family("mistral4", "D", {"score_dtype": "float32", **_EPS}, groups=True, renormalize="flag", scaled=True),
+    Family("deepseek_v2", "D", {"group_score": "max", "weights_from": "masked"}, groups=True, scaled=True),
+    Family("mistral4", "D", {"score_dtype": "float32"} | _EPS, groups=True, renormalize="flag", scaled=True),
     Family(
         "longcat_flash",
         "D",
-        {"precise": False, "ties": "highest", "weight_dtype": "logits", **_EPS},
+        {"precise": False} | _HIGHEST | _EPS | _CAST_BACK,
         bias=True,
         renormalize="flag",
         scaled=True,
@@ -108,89 +113,35 @@ FAMILIES = (
         renormalize=True,
     ),
     # An L1 norm of positive scores is their sum.
-    Family("dbrx", "D", {"score_dtype": "float32", "weight_dtype": "logits"}, renormalize=True),
+    Family("dbrx", "D", {"score_dtype": "float32"} | _CAST_BACK, renormalize=True),
     # E: float32 sigmoid, selection bias, dropped groups filled with 0.
-    *(
-        Family(name, "E", {**_SIGMOID}, bias=True, groups=True, renormalize="flag_above_one", scaled=True)
-        for name in ("deepseek_v3", "deepseek_v32", "glm4_moe", "dots1", "afmoe")
-    ),
-    *(
-        Family(name, "E", {**_SIGMOID, **_EPS}, bias=True, groups=True, renormalize="flag_above_one", scaled=True)
-        for name in ("glm4_moe_lite", "exaone_moe", "mimo_v2_flash", "nemotron_h")
-    ),
-    Family(
-        "bailing_moe_linear",
-        "E",
-        {**_SIGMOID, "weight_dtype": "logits"},
-        bias=True,
-        groups=True,
-        renormalize="flag_above_one",
-        scaled=True,
-    ),
-    Family(
-        "bailing_moe",
-        "E",
-        {**_SIGMOID, **_EPS, "ties": "highest", "weight_dtype": "logits"},
-        bias=True,
-        groups=True,
-        renormalize="flag_above_one",
-        scaled=True,
-    ),
+    Family("deepseek_v3", "E", _SIGMOID, **_V3),
+    Family("deepseek_v32", "E", _SIGMOID, **_V3),
+    Family("glm4_moe", "E", _SIGMOID, **_V3),
+    Family("dots1", "E", _SIGMOID, **_V3),
+    Family("afmoe", "E", _SIGMOID, **_V3),
+    Family("glm4_moe_lite", "E", _SIGMOID | _EPS, **_V3),
+    Family("exaone_moe", "E", _SIGMOID | _EPS, **_V3),
+    Family("mimo_v2_flash", "E", _SIGMOID | _EPS, **_V3),
+    Family("nemotron_h", "E", _SIGMOID | _EPS, **_V3),
+    Family("bailing_moe_linear", "E", _SIGMOID | _CAST_BACK, **_V3),
+    Family("bailing_moe", "E", _SIGMOID | _EPS | _CAST_BACK | _HIGHEST, **_V3),
+    Family("kimi_k3", "E", _SIGMOID | _EPS | _CAST_BACK, **_V3),
     # Scores, keys and weights in the model's dtype; the bias is rounded to it.
-    Family(
-        "kimi_linear",
-        "E",
-        {"score": "sigmoid", "bias_dtype": "scores", **_EPS},
-        bias=True,
-        groups=True,
-        renormalize="flag_above_one",
-        scaled=True,
-    ),
-    Family(
-        "kimi_k3",
-        "E",
-        {**_SIGMOID, **_EPS, "weight_dtype": "logits"},
-        bias=True,
-        groups=True,
-        renormalize="flag_above_one",
-        scaled=True,
-    ),
+    Family("kimi_linear", "E", {"score": "sigmoid", "bias_dtype": "scores"} | _EPS, **_V3),
     # F: dropped groups filled with -inf.
-    Family(
-        "bailing_hybrid",
-        "F",
-        {**_SIGMOID, **_EPS, "dropped_fill": "-inf", "weight_dtype": "logits"},
-        bias=True,
-        groups=True,
-        renormalize="flag_above_one",
-        scaled=True,
-    ),
-    Family(
-        "bailing_moe_v3",
-        "F",
-        {**_SIGMOID, **_EPS, "dropped_fill": "-inf"},
-        bias=True,
-        groups=True,
-        renormalize=True,
-        scaled=True,
-    ),
+    Family("bailing_hybrid", "F", _SIGMOID | _EPS | _CAST_BACK | _MINUS_INF, **_V3),
+    Family("bailing_moe_v3", "F", _SIGMOID | _EPS | _MINUS_INF, **_V3 | {"renormalize": True}),
     # G: sigmoid and bias, no groups.
-    Family("minimax", "G", {**_SIGMOID, **_EPS}, bias=True, renormalize=True, float32_logits=True),
-    Family(
-        "minimax_m3_vl",
-        "G",
-        {**_SIGMOID, **_EPS, "weight_dtype": "logits"},
-        bias=True,
-        renormalize=True,
-        scaled=True,
-    ),
-    Family("step3p5", "G", {**_SIGMOID, **_EPS}, bias=True, renormalize="flag", scaled=True),
-    Family("Klear", "G", {**_SIGMOID, "weight_dtype": "logits"}, bias=True, renormalize="flag"),
+    Family("minimax", "G", _SIGMOID | _EPS, bias=True, renormalize=True, float32_logits=True),
+    Family("minimax_m3_vl", "G", _SIGMOID | _EPS | _CAST_BACK, bias=True, renormalize=True, scaled=True),
+    Family("step3p5", "G", _SIGMOID | _EPS, bias=True, renormalize="flag", scaled=True),
+    Family("Klear", "G", _SIGMOID | _CAST_BACK, bias=True, renormalize="flag"),
     # The sigmoid in the model's dtype, the key in float32.
     Family(
         "lfm2_moe",
         "G",
-        {"score": "sigmoid", "bias_dtype": "float32", "renormalize_eps": 1e-6, "weight_dtype": "logits"},
+        {"score": "sigmoid", "bias_dtype": "float32", "renormalize_eps": 1e-6} | _HIGHEST | _CAST_BACK,
         bias=True,
         renormalize="flag",
         scaled=True,
@@ -199,7 +150,7 @@ FAMILIES = (
     Family(
         "laguna",
         "G",
-        {**_SIGMOID, "softcap": 30.0, "scale_place": "output"},
+        _SIGMOID | {"softcap": 30.0, "scale_place": "output"},
         bias=True,
         renormalize=True,
         scaled=True,
@@ -207,7 +158,7 @@ FAMILIES = (
     Family(
         "deepseek_v41",
         "G",
-        {"score": "sqrtsoftplus", "score_dtype": "float32", "temperature": 1.5, **_EPS},
+        {"score": "sqrtsoftplus", "score_dtype": "float32", "temperature": 1.5} | _EPS,
         bias=True,
         renormalize="flag_above_one",
         scaled=True,

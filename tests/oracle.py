@@ -19,7 +19,7 @@ from moefast.testing import Float64, float64
 
 
 def minifloat(code: np.ndarray, exponent_bits: int, mantissa_bits: int) -> Float64:
-    """Values of sign-exponent-mantissa codes with IEEE's bias, subnormals and no infinities (OCP FP4, FP8)."""
+    """Values of sign-exponent-mantissa codes: IEEE's bias and subnormals, no infinities (OCP FP4, FP8)."""
     bias = 2 ** (exponent_bits - 1) - 1
     mantissa = (code & (2**mantissa_bits - 1)) / 2.0**mantissa_bits
     exponent = (code >> mantissa_bits).astype(np.int64) & (2**exponent_bits - 1)
@@ -38,20 +38,21 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return digits @ (1 << np.arange(bits))
 
 
-def dequantize(projection: Projection) -> Float64:
-    """The weight a projection stands for, ``[(E,) out, in]``."""
+def dequantize(projection: Projection, expert: int | None = None) -> Float64:
+    """The weight a projection stands for, ``[(E,) out, in]``, or one expert's ``[out, in]``."""
     p, quant = projection, projection.quant
     if quant is None:
-        return float64(p.weight)
-    codes = unpack(np.array(p.weight), quant.bits)
+        return float64(_of(p.weight, expert))
+    codes = unpack(np.array(_of(p.weight, expert)), quant.bits)
     grouped = codes.reshape(*codes.shape[:-1], -1, quant.group_size)
     if quant.mode == "affine":
-        values = grouped * float64(p.scales)[..., None] + float64(p.biases)[..., None]
+        scales, biases = (float64(_of(a, expert)) for a in (p.scales, p.biases))
+        values = grouped * scales[..., None] + biases[..., None]
     else:
-        values = _elements(grouped, quant) * _scales(np.array(p.scales), quant)[..., None]
+        values = _elements(grouped, quant) * _scales(np.array(_of(p.scales, expert)), quant)[..., None]
     values = values.reshape(codes.shape)
     if p.global_scale is not None:
-        values *= float64(p.global_scale)[..., None, None] / (448 * 6)
+        values *= float64(_of(p.global_scale, expert))[..., None, None] / (448 * 6)
     return values
 
 
@@ -67,10 +68,14 @@ def _scales(codes: np.ndarray, quant: QuantSpec) -> Float64:
 
 def project(x: Float64, projection: Projection, expert: int | None = None) -> Float64:
     """``x @ w.T + bias``, of one expert of a stack."""
-    weight, bias = dequantize(projection), projection.bias
-    pick = (lambda a: a) if expert is None else (lambda a: a[expert])
-    y = x @ pick(weight).T
-    return y if bias is None else y + pick(float64(bias))
+    y = x @ dequantize(projection, expert).T
+    if projection.bias is None:
+        return y
+    return y + float64(_of(projection.bias, expert))
+
+
+def _of(array: mx.array, expert: int | None) -> mx.array:
+    return array if expert is None else array[expert]
 
 
 # -- activations -------------------------------------------------------------------------------------------
@@ -155,7 +160,7 @@ def _route_token(
     chosen, rejected = order[: spec.top_k], order[spec.top_k :]
     if rejected.size:
         margin = min(margin, _gap(key, size, chosen[-1], rejected[0]))
-    weights = (key if spec.weights_from == "masked" else scores)[chosen]
+    weights = (key if spec.weights_from == "masked" and spec.drops_groups else scores)[chosen]
     if spec.score_over == "selected":
         weights = score(weights, spec.score)
     if spec.renormalize:
@@ -184,14 +189,15 @@ def best_first(key: Float64, ties: str) -> np.ndarray:
 
 def dropped_groups(key: Float64, size: Float64, spec: RouterSpec) -> tuple[np.ndarray, float]:
     """Which groups lose, and by what margin: the lowest scores, of equal ones the lowest index."""
-    members = np.sort(key.reshape(spec.num_groups, -1), axis=-1)
-    scores = members[:, -1] if spec.group_score == "max" else members[:, -1] + members[:, -2]
+    best = 1 if spec.group_score == "max" else 2
+    scores, sizes = (
+        np.sort(of.reshape(spec.num_groups, -1), axis=-1)[:, -best:].sum(axis=-1) for of in (key, size)
+    )
     worst = np.lexsort((np.arange(spec.num_groups), scores))
     drop = spec.num_groups - spec.top_groups
     dropped = np.zeros(spec.num_groups, bool)
     dropped[worst[:drop]] = True
-    largest = size.reshape(spec.num_groups, -1).max(axis=-1)
-    return dropped, _gap(scores, largest, worst[drop - 1], worst[drop])
+    return dropped, _gap(scores, sizes, worst[drop - 1], worst[drop])
 
 
 def _gap(key: Float64, size: Float64, a: int, b: int) -> float:
@@ -205,7 +211,7 @@ def _gap(key: Float64, size: Float64, a: int, b: int) -> float:
 
 
 def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> Float64:
-    """The output of every route: x ``[..., hidden]``, indices ``[..., top_k]`` -> ``[..., top_k, hidden]``."""
+    """Every route's output: x ``[..., hidden]``, indices ``[..., top_k]`` -> ``[..., top_k, hidden]``."""
     return _feed(float64(x), weights, np.array(indices).astype(np.int64))
 
 

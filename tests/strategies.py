@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from hypothesis import strategies as st
 
 from moefast import Activation, QuantSpec, RouterSpec
@@ -25,12 +27,10 @@ def quant_specs() -> st.SearchStrategy[QuantSpec]:
 
 
 def activations() -> st.SearchStrategy[Activation]:
-    names = (
-        "swiglu", "swiglu_oai", "swiglu_clipped", "swiglu_clamped", "geglu_tanh", "situ", "gelu_tanh", "relu2",
-    )  # fmt: skip
+    gated = ("swiglu", "swiglu_oai", "swiglu_clipped", "swiglu_clamped", "geglu_tanh", "situ")
     return st.builds(
         Activation,
-        name=st.sampled_from(names),
+        name=st.sampled_from((*gated, "gelu_tanh", "relu2")),
         alpha=_positive,
         limit=_positive,
         beta=_positive,
@@ -47,6 +47,7 @@ def router_specs(draw: st.DrawFn) -> RouterSpec:
     num_experts = groups * per_group
     drops = top_groups < groups
     scores = ("top2_sum", "max") if per_group > 1 or not drops else ("max",)
+    fill = draw(st.sampled_from(("zero", "-inf")))
     return RouterSpec(
         num_experts=num_experts,
         top_k=draw(st.integers(1, num_experts)),
@@ -60,13 +61,13 @@ def router_specs(draw: st.DrawFn) -> RouterSpec:
         num_groups=groups,
         top_groups=top_groups,
         group_score=draw(st.sampled_from(scores)),
-        dropped_fill=draw(st.sampled_from(("zero", "-inf"))),
+        dropped_fill=fill,
         ties=draw(st.sampled_from(("lowest", "highest"))),
-        weights_from=draw(st.sampled_from(("scores", "masked"))),
+        weights_from=draw(st.sampled_from(("scores", "masked") if fill == "zero" else ("scores",))),
         renormalize=draw(st.booleans()),
         renormalize_eps=draw(st.sampled_from((0.0, 1e-20, 1e-12, 1e-6))),
         eps_form=draw(st.sampled_from(("add", "max"))),
-        scale=draw(st.floats(min_value=-8, max_value=8)),
+        scale=draw(_positive | _positive.map(operator.neg)),
         scale_place=draw(st.sampled_from(("weights", "output"))),
         weight_dtype=draw(st.none() | st.just("logits") | _dtypes),
         identity_experts=draw(st.integers(0, num_experts - 1)),

@@ -1,0 +1,92 @@
+"""``quantized_matmul`` against the float64 oracle."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import oracle
+import pytest
+from factories import Floats, MakeProjection
+from formats import DTYPES, FORMATS, Format
+
+from moefast import Projection, quantized_matmul
+from moefast.testing import assert_close, float64
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def check(x: mx.array, weight: Projection) -> mx.array:
+    y = quantized_matmul(x, weight, backend="reference")
+    assert_close(
+        y, oracle.project(float64(x), weight), "quantized_matmul", dtype=x.dtype, reductions=(x.shape[-1],)
+    )
+    return y
+
+
+@dtypes
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda format_: format_.name)
+def test_formats(
+    format_: Format, bias: bool, dtype: mx.Dtype, floats: Floats, projection: MakeProjection
+) -> None:
+    y = check(floats(5, 128, dtype=dtype), projection(96, 128, bias=bias, **format_.of(dtype)))
+    if format_.dtype is None:
+        assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("format_", FORMATS[:4], ids=lambda format_: format_.name)
+@pytest.mark.parametrize("lead", [(), (0,), (1,), (7,), (130,), (2, 3), (2, 0)], ids=str)
+def test_leading_dimensions(
+    format_: Format, lead: tuple[int, ...], floats: Floats, projection: MakeProjection
+) -> None:
+    y = check(floats(*lead, 64), projection(48, 64, bias=True, **format_.of(mx.float32)))
+    assert y.shape == (*lead, 48)
+
+
+@dtypes
+def test_strided_input(dtype: mx.Dtype, floats: Floats, projection: MakeProjection) -> None:
+    weight = projection(48, 64, quant=FORMATS[4].quant, dtype=dtype)
+    check(floats(64, 10, dtype=dtype).T[::2], weight)
+    check(floats(5, 128, dtype=dtype)[:, ::2], weight)
+
+
+@pytest.mark.parametrize("format_", [FORMATS[0], FORMATS[9]], ids=lambda format_: format_.name)
+def test_gradient_of_the_input(format_: Format, floats: Floats, projection: MakeProjection) -> None:
+    weight, x, slopes = (
+        projection(32, 128, bias=True, **format_.of(mx.float32)),
+        floats(2, 128),
+        floats(2, 32),
+    )
+    got = mx.grad(lambda x: (quantized_matmul(x, weight, backend="reference") * slopes).sum())(x)
+    want = float64(slopes) @ oracle.dequantize(weight)
+    assert_close(got, want, "quantized_matmul", reductions=(32,), gradient=True)
+
+
+def test_compiled_for_two_shapes(floats: Floats, projection: MakeProjection) -> None:
+    weight = projection(48, 64, quant=FORMATS[4].quant, bias=True)
+    compiled = mx.compile(lambda x: quantized_matmul(x, weight, backend="reference"))
+    for tokens in (1, 5):
+        x = floats(tokens, 64)
+        np.testing.assert_array_equal(
+            np.array(compiled(x)), np.array(quantized_matmul(x, weight, backend="reference"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (mx.zeros((3, 63)), r"\[quantized_matmul\] x.shape\[-1\] must equal in=64, got \(3, 63\)\."),
+        (mx.zeros(()), r"\[quantized_matmul\] x.shape\[-1\] must equal in=64, got \(\)\."),
+        (mx.zeros((3, 64), mx.uint32), r"\[quantized_matmul\] x must be float32, .*got mlx.core.uint32"),
+    ],
+)
+def test_refuses(x: mx.array, message: str, projection: MakeProjection) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantized_matmul(x, projection(48, 64))
+
+
+def test_refuses_a_stack(projection: MakeProjection) -> None:
+    with pytest.raises(
+        ValueError, match=r"\[quantized_matmul\] weight must be dense \[out, in\], got Layout"
+    ):
+        quantized_matmul(mx.zeros((3, 64)), projection(4, 48, 64))
