@@ -1,0 +1,74 @@
+"""How fast memory is here, measured: what a decode step that reads every weight once is held against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ...registry import device_name
+from .machine import cores
+
+# Larger than the caches of one processor, as the weights of a model are; twice this is allocated.
+_BYTES = 512 << 20
+_RUNS = 3
+
+
+class Bandwidth(NamedTuple):
+    """Gigabytes (10^9 bytes) per second, by what was done: ``copy, 2 threads`` or ``read, 1 thread``. A
+    copy counts what it reads and what it writes."""
+
+    figures: dict[str, float]
+
+    @property
+    def roof(self) -> float:
+        """The highest of the figures."""
+        return max(self.figures.values())
+
+    def __str__(self) -> str:
+        return "; ".join(f"{what}: {gb_s:.1f} GB/s" for what, gb_s in self.figures.items())
+
+
+def measure_bandwidth(size: int = _BYTES, *, clock: Callable[[], float] = time.perf_counter) -> Bandwidth:
+    """The best of a few runs over arrays of ``size`` bytes: on a GPU by MLX, on a CPU by NumPy with one
+    thread, two, and one per core."""
+    if device_name() == "gpu":
+        return Bandwidth({"copy, GPU": _best(_gpu_copy(size), 2 * size, clock)})
+    source = np.ones(size // 8, np.uint64)
+    target = np.zeros_like(source)
+    figures = {}
+    for threads in sorted({1, 2, cores()}):
+        bounds = np.linspace(0, source.size, threads + 1).astype(int)
+        parts = [slice(a, b) for a, b in pairwise(bounds)]
+        name = "1 thread" if threads == 1 else f"{threads} threads"
+        with ThreadPoolExecutor(threads) as pool:
+
+            def copy(pool: ThreadPoolExecutor = pool, parts: list[slice] = parts) -> None:
+                list(pool.map(lambda part: np.copyto(target[part], source[part]), parts))
+
+            def read(pool: ThreadPoolExecutor = pool, parts: list[slice] = parts) -> None:
+                list(pool.map(lambda part: np.bitwise_or.reduce(source[part]), parts))
+
+            figures[f"copy, {name}"] = _best(copy, 2 * size, clock)
+            figures[f"read, {name}"] = _best(read, size, clock)
+    return Bandwidth(figures)
+
+
+def _gpu_copy(size: int) -> Callable[[], None]:
+    source = mx.ones((size // 4,), mx.uint32)
+    mx.eval(source)
+    return lambda: mx.eval(source + 1)
+
+
+def _best(run: Callable[[], None], moved: int, clock: Callable[[], float]) -> float:
+    fastest = float("inf")
+    for _ in range(_RUNS):
+        start = clock()
+        run()
+        fastest = min(fastest, clock() - start)
+    return moved / fastest / 1e9

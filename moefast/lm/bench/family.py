@@ -1,0 +1,179 @@
+"""One family: build its models over one set of weights, verify, measure, and put the figures together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..presets import preset
+from .measure import PHASES, Bench, Figures, Goal, baseline, ratio_to
+from .models import build, bytes_per_token, draw_weights, fill, in_float32
+from .plan import grow
+from .subjects import ModelSubject, Subject
+from .truth import Prompt, Truth
+
+STOCK = {"mlx-lm-bf16": mx.bfloat16, "mlx-lm-fp32": mx.float32}
+
+# Part of a family's time that one run of the reference in float32 may take, and the fewest tokens it runs.
+_TRUTH_PART = 0.06
+_TRUTH_TOKENS = 4
+# Part of a family's time that every subject gets, even where building the models has used it up.
+_LEAST_PART = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        size: ``layers=N`` of the real model, or another size of :func:`moefast.lm.preset`.
+        bits: of the weights, in groups of 64.
+        goal: token counts and repeats.
+        subjects: labels: ``mlx-lm-bf16``, ``mlx-lm-fp32``, or a backend of moefast.
+        seed: of weights and prompts.
+    """
+
+    size: str
+    bits: int
+    goal: Goal
+    subjects: Sequence[str]
+    seed: int
+
+
+class FamilyFigures(NamedTuple):
+    """Everything found out about a family.
+
+    Attributes:
+        layers: of the model measured.
+        read_bytes: weights that decoding a token reads.
+        context: tokens in the cache where decoding starts.
+        figures: one per subject.
+        seconds: that all of it took.
+    """
+
+    family: str
+    layers: int
+    read_bytes: int
+    context: int
+    figures: list[Figures]
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """No verification failed."""
+        return all(f.passed for f in self.figures)
+
+    def as_json(self) -> dict[str, Any]:
+        """Ready for JSON; times in seconds, rates in tokens per second, memory in bytes."""
+        return {
+            "family": self.family,
+            "layers": self.layers,
+            "read_bytes_per_token": self.read_bytes,
+            "context": self.context,
+            "seconds": round(self.seconds, 1),
+            "baseline": {
+                phase: base.label if (base := baseline(self.figures, phase)) else None for phase in PHASES
+            },
+            "subjects": [self._subject(f) for f in self.figures],
+        }
+
+    def _subject(self, f: Figures) -> dict[str, Any]:
+        return {
+            "subject": f.label,
+            "dtype": f.dtype,
+            "backend": f.backend,
+            "verified": f.passed and not f.refused,
+            "judged": any(v.bound is not None for found in f.verdicts.values() for v in found),
+            "refused": f.refused or None,
+            "skipped": f.skipped,
+            "peak_bytes": f.peak_bytes,
+            "error": {phase: found[-1].error._asdict() for phase, found in f.verdicts.items()},
+            "compared_tokens": {phase: found[-1].tokens for phase, found in f.verdicts.items()},
+            **{phase: self._phase(f, phase) for phase in PHASES},
+        }
+
+    def _phase(self, f: Figures, phase: str) -> dict[str, Any]:
+        ratio = ratio_to(baseline(self.figures, phase), f, phase)
+        return {
+            "points": [
+                {"tokens": n, **rate._asdict(), "seconds": f.points[phase][n].seconds}
+                for n, rate in sorted(f.rates(phase).items())
+            ],
+            "ratio": None if ratio is None else ratio._asdict(),
+        }
+
+
+def weight_of(family: str, settings: Settings) -> int:
+    """A family's part of the whole time: the bytes it reads per token. Evaluates nothing."""
+    return bytes_per_token(build(preset(family, settings.size), settings.bits))
+
+
+def run_family(
+    family: str,
+    settings: Settings,
+    seconds: float,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+) -> FamilyFigures:
+    """Build and measure one family.
+
+    Args:
+        seconds: for everything, building included.
+        progress: told what is being done.
+    """
+    start = time.perf_counter()
+    config = preset(family, settings.size)
+    progress("drawing weights")
+    model = build(config, settings.bits)
+    weights = draw_weights(model, settings.seed)
+    weights32 = in_float32(weights)
+    fill(model, weights)
+    read_bytes = bytes_per_token(model)
+    # The model whose float32 twin is the reference is also what every backend runs.
+    truth_model = fill(build(config, settings.bits), weights32)
+    goal = settings.goal
+    prompt = Prompt.draw(config["vocab_size"], goal.prefill, goal.decode, settings.seed)
+    progress("running the reference in float32")
+    # mlx-lm in float32 routes by logits in float32, everyone else by logits in bfloat16.
+    plain, rounded = (Truth(truth_model, prompt, rounded=rounded) for rounded in (False, True))
+    _run_truth(rounded, goal.prefill, _TRUTH_PART * seconds)
+    plain.run(rounded.context)
+
+    subjects: list[Subject] = []
+    for label in settings.subjects:
+        if label in STOCK:
+            dtype = STOCK[label]
+            single = dtype == mx.float32
+            stock = build(config, settings.bits, stock=True)
+            fill(stock, weights32 if single else weights, stock=True)
+            # MLX's CPU sums quantized products in bfloat16; and what mlx-lm's blocks chose is not seen.
+            subject = ModelSubject(label, stock, dtype, None, plain, steps=goal.decode, judged=single)
+        else:
+            subject = ModelSubject(label, model, mx.bfloat16, label, rounded, steps=goal.decode, judged=True)
+        subjects.append(subject)
+    left = seconds - (time.perf_counter() - start)
+    bench = Bench(goal, left, least=_LEAST_PART * seconds, progress=progress)
+    figures = bench.measure(subjects)
+    return FamilyFigures(
+        family=family,
+        layers=len(model.layers),
+        read_bytes=read_bytes,
+        context=rounded.context,
+        figures=figures,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _run_truth(truth: Truth, full: int, seconds: float) -> None:
+    """Run as many tokens of the prompt as fit into the seconds."""
+
+    def run(tokens: int) -> float:
+        start = time.perf_counter()
+        truth.run(tokens)
+        return time.perf_counter() - start
+
+    grow(run, full, run(1), seconds, min(_TRUTH_TOKENS, full))
