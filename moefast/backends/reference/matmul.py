@@ -92,9 +92,11 @@ def _gathered_quantized_cpu(x: mx.array, p: Projection, indices: mx.array) -> mx
     assert p.quant is not None
     assert p.scales is not None
     weight, scales, biases, chosen = p.weight, p.scales, p.biases, indices
-    # MLX casts the scales of the whole stack to x's dtype. With few routes it is cheaper to take the
-    # experts in use out of the stack first: copied packed, so still small.
-    if p.layout.dtype in (mx.float16, mx.bfloat16) and 2 * indices.size < p.layout.num_experts:
+    # MLX casts the scales of the whole stack to x's dtype in every call. With few routes it takes less memory
+    # to copy the experts in use out of the stack, packed, and cast theirs.
+    cast = scales.size * mx.float32.size * (1 if biases is None else 2) // p.layout.num_experts
+    copied = weight.nbytes // p.layout.num_experts + cast
+    if p.layout.dtype in (mx.float16, mx.bfloat16) and indices.size * copied < p.layout.num_experts * cast:
         flat = indices.flatten()
         weight, scales = weight[flat], scales[flat]
         biases = None if biases is None else biases[flat]
