@@ -1,4 +1,4 @@
-"""moefast: fast, trustworthy Mixture-of-Experts layers for MLX.
+"""moefast: Mixture-of-Experts layers for MLX, with interchangeable backends.
 
     routing = moefast.route(logits, spec)             # which experts, with what weight
     y = moefast.experts(x, weights, routing)          # their weighted sum
@@ -12,6 +12,15 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+try:
+    import mlx.core  # noqa: F401
+except ImportError as error:
+    if "libmlx" not in str(error):
+        raise
+    raise ImportError(
+        "MLX has no backend here (libmlx is missing). On Linux: pip install 'mlx[cpu]', or the extra cpu."
+    ) from error
 
 from . import nn
 from .backends import backends, use_backend

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
         if package in _LM_PACKAGES:
-            return _refuse(f'{argv[0]} needs {package}: pip install "moefast[lm]"')
+            how = 'install moefast with its extra lm (in a checkout: pip install ".[lm]")'
+            return _refuse(f"{argv[0]} needs {package}: {how}")
         return _refuse(error)
     except (ValueError, OSError) as error:
         return _refuse(error)
@@ -72,7 +73,7 @@ def _refuse(error: object) -> int:
 def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moefast",
-        description="Fast Mixture-of-Experts layers for MLX.",
+        description="Mixture-of-Experts layers for MLX, with interchangeable backends.",
         epilog="moefast COMMAND --help says more of a command.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
@@ -153,7 +154,7 @@ def _add_init_model(commands: Any) -> None:
         commands,
         "init-model",
         "write a checkpoint of random weights that mlx-lm and moefast load",
-        "  moefast init-model --family granitemoe --out ./tiny\n"
+        "  moefast init-model --family qwen2_moe --out ./tiny\n"
         "  moefast init-model --family dbrx --size layers=2 --out ./dbrx-2-layers    # real layer sizes\n"
         "  moefast init-model --family qwen2_moe --bits none --dtype float32 --out ./qwen-fp32\n"
         "  moefast init-model --family glm4_moe --mode mxfp4 --out ./glm-mxfp4",

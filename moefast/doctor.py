@@ -41,9 +41,15 @@ def examine() -> dict[str, Any]:
         ``versions``: package -> version or None. ``platform``: system, machine, CPU count, memory in bytes.
         ``device``: MLX's default device and what it says of itself. ``backends``: name -> None where it
         can run, else the reason. ``default_backend``. ``auto``: op -> phase -> backend and the reasons
-        of those refused. ``environment``: variable -> value in effect and whether it is the default.
+        of those refused. ``problem``: what is wrong with MOEFAST_BACKEND, or None. ``environment``:
+        variable -> value in effect and whether it is the default.
         ``kernels``: the folder of Metal sources, or why there is none.
     """
+    default, problem = "auto", None
+    try:
+        default = registry.default
+    except ValueError as error:  # this command is what one runs to find out
+        problem = str(error)
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "platform": {
@@ -58,8 +64,9 @@ def examine() -> dict[str, Any]:
             **{key: value for key, value in mx.device_info().items() if isinstance(value, str | int)},
         },
         "backends": dict(backends()),
-        "default_backend": registry.default,
-        "auto": _choices(),
+        "default_backend": default,
+        "problem": problem,
+        "auto": _choices(default),
         "environment": _environment(),
         "kernels": _kernels(),
     }
@@ -88,20 +95,20 @@ def _environment() -> dict[str, dict[str, Any]]:
     }
 
 
-def _choices() -> dict[str, dict[str, dict[str, Any]]]:
+def _choices(default: str) -> dict[str, dict[str, dict[str, Any]]]:
     """op -> phase -> the backend that the default stands for, and why those before it refused."""
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
     for phase, tokens in _TOKENS.items():
         for problem in _problems(tokens):
-            chosen.setdefault(problem.op, {})[phase] = _choice(problem)
+            chosen.setdefault(problem.op, {})[phase] = _choice(problem, default)
     return chosen
 
 
-def _choice(problem: Problem) -> dict[str, Any]:
+def _choice(problem: Problem, default: str) -> dict[str, Any]:
     """The registry's choice without its memory: what is only asked here must not look like a call."""
     refused: dict[str, str] = {}
     for backend in registry.backends:
-        if registry.default not in ("auto", backend.name):
+        if default not in ("auto", backend.name):
             continue
         reason = backend.why_not(problem)
         if reason is None:
@@ -158,6 +165,8 @@ def as_text(found: dict[str, Any]) -> str:
         ("kernels", {"folder": found["kernels"]}),
     ]
     blocks = [f"{title}\n{_rows(rows)}" for title, rows in sections]
+    if found["problem"]:
+        blocks.append(f"problem\n  {found['problem']}")
     return "\n\n".join([*blocks, _auto_text(found)]) + "\n"
 
 
@@ -183,7 +192,7 @@ def _auto_text(found: dict[str, Any]) -> str:
 
 
 def run(*, as_json: bool) -> int:
-    """Print the findings to stdout."""
+    """Print the findings to stdout. Returns 1 where a setting is wrong, else 0."""
     found = examine()
     print(json.dumps(found, indent=2) if as_json else as_text(found), end="\n" if as_json else "")
-    return 0
+    return 1 if found["problem"] else 0

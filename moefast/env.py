@@ -2,7 +2,7 @@
 
 ===================  ===================================================================================
 ``MOEFAST_BACKEND``  default backend: ``auto`` (fastest available), or a name of ``moefast.backends()``
-``MOEFAST_LOG``      ``1``: log to stderr which kernel each operation chose and why others refused
+``MOEFAST_LOG``      ``1``, true, yes or on: log which kernel each operation chose and why others refused
 ===================  ===================================================================================
 
 They are read once, when moefast is imported.
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from .errors import refuse
 
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,10 +29,10 @@ class Settings:
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """Parse ``environ``. Raises ValueError naming the variable."""
-        log = environ.get("MOEFAST_LOG", "0")
-        if log not in ("0", "1", ""):
-            refuse("env", "MOEFAST_LOG must be 0 or 1", repr(log))
-        return cls(backend=environ.get("MOEFAST_BACKEND", "") or "auto", log=log == "1")
+        log = environ.get("MOEFAST_LOG", "").lower()
+        if log not in (*_ON, *_OFF):
+            refuse("env", f"MOEFAST_LOG must be one of {(*_ON, *_OFF)}", repr(log))
+        return cls(backend=environ.get("MOEFAST_BACKEND", "") or "auto", log=log in _ON)
 
 
 settings = Settings.read(os.environ)

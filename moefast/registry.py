@@ -1,7 +1,7 @@
 """Backends and the choice among them.
 
 A :class:`Backend` is a name, a probe, and a table of kernels. A :class:`Kernel` is a callable and a
-``why_not`` that says, of a :class:`Problem`, why it cannot run it. :func:`choose` walks an explicit,
+``why_not`` that says, of a :class:`Problem`, why it cannot run it. :meth:`Registry.choose` walks an explicit,
 ordered tuple of backends; nothing is scanned, nothing registers itself on import.
 """
 
@@ -26,6 +26,7 @@ log = logging.getLogger("moefast")
 if settings.log and not log.handlers:
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
+    log.propagate = False  # or an application that configures logging would print everything twice
 
 
 class Problem(NamedTuple):
@@ -152,7 +153,9 @@ class Registry:
             if reason is None:
                 choice = Choice(candidate.name, candidate.kernels[problem.op].run, refused)
                 self._choices[problem, backend] = choice
-                log.info("%s: %s%s", problem, candidate.name, f", not {refused}" if refused else "")
+                about = f"{problem.op} ({problem.phase}, {problem.dtype}, {problem.device})"
+                log.info("%s: %s%s", about, candidate.name, f", not {refused}" if refused else "")
+                log.debug("%s", problem)
                 return choice
             refused[candidate.name] = reason
         refuse(problem.op, f"backend {backend!r} must be able to run {problem}", refused)

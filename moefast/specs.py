@@ -19,6 +19,8 @@ _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE_GROUPS = (32, 64, 128)
 # The floating-point modes of MLX fix both numbers (Open Compute Project MX v1.0; NVIDIA NVFP4).
 _FP_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+# (bits, group_size) that MLX takes where it is given neither.
+MODE_DEFAULTS = {"affine": (4, 64), **_FP_MODES}
 
 
 def _one_of(spec: str, field: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -27,8 +29,9 @@ def _one_of(spec: str, field: str, value: object, allowed: tuple[object, ...]) -
 
 
 def _finite(spec: str, field: str, value: object, *, positive: bool = False) -> None:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not math.isfinite(number) or (positive and number <= 0):
+    # The very types: NumPy's floats derive from float, and their repr cannot be evaluated back.
+    known = type(value) is int or (type(value) is float and math.isfinite(value))
+    if not known or (positive and value <= 0):  # type: ignore[operator]
         refuse(spec, f"{field} must be finite{' and above 0' if positive else ''}", repr(value))
 
 
@@ -241,8 +244,11 @@ class RouterSpec(_Spec):
 
     def _check_groups(self) -> None:
         name = "RouterSpec"
-        if self.weights_from == "masked" and self.dropped_fill != "zero":
-            refuse(name, "weights_from='masked' needs dropped_fill='zero'", repr(self.dropped_fill))
+        if self.weights_from == "masked":
+            if self.dropped_fill != "zero":
+                refuse(name, "weights_from='masked' needs dropped_fill='zero'", repr(self.dropped_fill))
+            if self.score_over != "all":
+                refuse(name, "weights_from='masked' needs score_over='all'", repr(self.score_over))
         _whole(name, "num_groups", self.num_groups, 1)
         _whole(name, "top_groups", self.top_groups, 1)
         if self.top_groups > self.num_groups:

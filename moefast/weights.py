@@ -68,6 +68,8 @@ class Projection:
         global_scale: mx.array | None = None,
         quant: QuantSpec | None = None,
     ):
+        if not isinstance(weight, mx.array):
+            refuse("Projection", "weight must be an mx.array", type(weight).__name__)
         self.weight = weight
         self.scales = scales
         self.biases = biases
@@ -115,6 +117,8 @@ def _layout(
     if len(shape) not in (2, 3):
         refuse(name, "weight must be [out, in] or [num_experts, out, in]", shape)
     *stack, out_dims, columns = shape
+    if 0 in stack:
+        refuse(name, "a stack must hold at least one expert", shape)
     if quant is None:
         for field, form in (("scales", scales), ("biases", biases), ("global_scale", global_scale)):
             if form is not None:
@@ -149,6 +153,8 @@ def _check_packed(shape: Shape, dtype: mx.Dtype, scales: Form, biases: Form, qua
         refuse(name, "a quantized weight must be packed uint32", dtype)
     if scales is None:
         refuse(name, "a quantized weight needs scales", None)
+    if len(scales[0]) != len(shape):
+        refuse(name, f"scales must have the {len(shape)} dimensions of weight", scales[0])
     in_dims = scales[0][-1] * quant.group_size
     packed = (*shape[:-1], in_dims * quant.bits // 32)
     if scales[0][:-1] != shape[:-1] or shape != packed:

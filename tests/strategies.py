@@ -48,13 +48,15 @@ def router_specs(draw: st.DrawFn) -> RouterSpec:
     drops = top_groups < groups
     scores = ("top2_sum", "max") if per_group > 1 or not drops else ("max",)
     fill = draw(st.sampled_from(("zero", "-inf")))
+    over = draw(st.sampled_from(("all",) if drops else ("all", "selected")))
+    places = ("scores", "masked") if fill == "zero" and over == "all" else ("scores",)
     return RouterSpec(
         num_experts=num_experts,
         top_k=draw(st.integers(1, num_experts)),
         softcap=draw(st.just(0.0) | _positive),
         temperature=draw(_positive),
         score=draw(st.sampled_from(("softmax", "sigmoid", "sqrtsoftplus"))),
-        score_over=draw(st.sampled_from(("all",) if drops else ("all", "selected"))),
+        score_over=over,
         score_dtype=draw(st.none() | _dtypes),
         precise=draw(st.booleans()),
         bias_dtype=draw(st.none() | st.just("scores") | _dtypes),
@@ -63,7 +65,7 @@ def router_specs(draw: st.DrawFn) -> RouterSpec:
         group_score=draw(st.sampled_from(scores)),
         dropped_fill=fill,
         ties=draw(st.sampled_from(("lowest", "highest"))),
-        weights_from=draw(st.sampled_from(("scores", "masked") if fill == "zero" else ("scores",))),
+        weights_from=draw(st.sampled_from(places)),
         renormalize=draw(st.booleans()),
         renormalize_eps=draw(st.sampled_from((0.0, 1e-20, 1e-12, 1e-6))),
         eps_form=draw(st.sampled_from(("add", "max"))),

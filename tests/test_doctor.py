@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +114,11 @@ def test_needs_no_extra(flags: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "quantized_matmul" in done.stdout
+
+
+def test_it_reports_a_wrong_backend_instead_of_failing_on_it() -> None:
+    environment = {**os.environ, "MOEFAST_BACKEND": "bogus"}
+    command = [sys.executable, "-m", "moefast", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "MOEFAST_BACKEND must be one of" in done.stdout

@@ -77,7 +77,7 @@ def test_greedy_is_the_default(loaded: Any) -> None:
         ({"temp": float("nan")}, "temp must be finite and not negative, got nan"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"seed": -1}, r"seed must be in 0\.\.2\*\*64-1, got -1"),
     ],
 )
 def test_refusals_come_at_the_call(options: dict[str, Any], message: str, loaded: Any) -> None:

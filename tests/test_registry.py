@@ -293,6 +293,7 @@ def test_backends_lists_what_can_run() -> None:
         ({"MOEFAST_BACKEND": "", "MOEFAST_LOG": ""}, Settings()),  # set but empty is unset
         ({"MOEFAST_BACKEND": "reference"}, Settings(backend="reference")),
         ({"MOEFAST_LOG": "1"}, Settings(log=True)),
+        ({"MOEFAST_LOG": "Yes"}, Settings(log=True)),
         ({"MOEFAST_LOG": "0", "OTHER": "x"}, Settings()),
     ],
 )
@@ -301,8 +302,8 @@ def test_settings(environment: dict[str, str], expected: Settings) -> None:
 
 
 def test_settings_refuse_by_name() -> None:
-    with pytest.raises(ValueError, match=r"\[env\] MOEFAST_LOG must be 0 or 1, got 'yes'\."):
-        Settings.read({"MOEFAST_LOG": "yes"})
+    with pytest.raises(ValueError, match=r"\[env\] MOEFAST_LOG must be one of .*, got 'loud'\."):
+        Settings.read({"MOEFAST_LOG": "loud"})
 
 
 PROGRAM = """

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import mlx.nn
 
 from ..errors import refuse
-from ..specs import QuantSpec
+from ..specs import MODE_DEFAULTS, QuantSpec
 from .presets import Config, preset
 from .random_weights import Leaf, draw, leaves_of, random_parameters
 from .tokenizer import write_tokenizer
@@ -29,7 +29,6 @@ __all__ = ["Checkpoint", "init_model", "random_parameters"]
 
 _LAYER = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
 _INDEX = "model.safetensors.index.json"
-_MODE_DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 class Checkpoint(NamedTuple):
@@ -106,14 +105,14 @@ def _quant_spec(bits: int | None, group_size: int | None, mode: str) -> QuantSpe
         if mode != "affine" or group_size is not None:
             refuse("init_model", f"bits={bits} takes no mode and no group_size", f"{mode!r}, {group_size}")
         return None
-    if mode not in _MODE_DEFAULTS:
-        refuse("init_model", f"mode must be one of {tuple(_MODE_DEFAULTS)}", repr(mode))
-    return QuantSpec(bits=bits, group_size=group_size or _MODE_DEFAULTS[mode][1], mode=mode)
+    if mode not in MODE_DEFAULTS:
+        refuse("init_model", f"mode must be one of {tuple(MODE_DEFAULTS)}", repr(mode))
+    return QuantSpec(bits=bits, group_size=group_size or MODE_DEFAULTS[mode][1], mode=mode)
 
 
 def default_bits(mode: str) -> int:
     """Bits per weight where none are asked for: 8 for mxfp8, else 4."""
-    return _MODE_DEFAULTS[mode][0] if mode in _MODE_DEFAULTS else 4
+    return MODE_DEFAULTS[mode][0] if mode in MODE_DEFAULTS else 4
 
 
 def _describe(config: Config, quant: QuantSpec | None, dtype: str) -> list[Leaf]:

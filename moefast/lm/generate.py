@@ -58,8 +58,8 @@ def stream(
         refuse("generate", "temp must be finite and not negative", temp)
     if not 0 < top_p <= 1:
         refuse("generate", "top_p must be above 0 and at most 1", top_p)
-    if seed is not None and seed < 0:
-        refuse("generate", "seed must not be negative", seed)
+    if seed is not None and not 0 <= seed < 2**64:
+        refuse("generate", "seed must be in 0..2**64-1", seed)
 
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_sampler
@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     _hush_transformers()
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt.encode()  # bytes that are no UTF-8 come as lone surrogates: a ValueError
     model, tokenizer = load(arguments.model, backend=arguments.backend)
     last = None
     for last in stream(

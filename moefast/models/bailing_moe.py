@@ -85,6 +85,7 @@ class ModelArgs(BaseArgs):
     hidden_act: str = "silu"  # activation of the gates
 
     def __post_init__(self) -> None:
+        self.check_counts("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         self.require("hidden_act", ("silu",))
         self.require("use_sliding_window", (False, None))
         self.require("norm_softmax", (False, None))

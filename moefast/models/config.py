@@ -61,6 +61,17 @@ class BaseArgs:
             choices = " or ".join(repr(a) for a in allowed)
             refuse(self._family, f"{field} must be {choices}{why}", repr(value))
 
+    def check_counts(self, *names: str) -> None:
+        """Refuse sizes and counts that are not whole numbers of at least 1.
+
+        Raises:
+            ValueError: naming family, field and value.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                refuse(self._family, f"{name} must be a whole number of at least 1", repr(value))
+
     def check_heads(self, heads: int, kv_heads: int) -> None:
         """Refuse key-value heads that the query heads cannot share out among themselves.
 

@@ -74,6 +74,9 @@ class ModelArgs(BaseArgs):
 
     def __post_init__(self) -> None:
         family = self.model_type
+        self.check_counts("d_model", "n_layers", "n_heads", "vocab_size")
+        if self.d_model % self.n_heads:
+            refuse(family, f"n_heads must divide d_model={self.d_model}", self.n_heads)
         self.require("tie_word_embeddings", (False,))
         for section, needed in (
             ("ffn_config", ("ffn_hidden_size", "moe_num_experts", "moe_top_k")),

@@ -68,6 +68,9 @@ class ModelArgs(BaseArgs):
     hidden_act: str = "silu"  # activation of the experts' gate
 
     def __post_init__(self) -> None:
+        self.check_counts(
+            "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "vocab_size"
+        )
         self.require("hidden_act", ("silu",))
         self.check_heads(self.num_attention_heads, self.num_key_value_heads)
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

@@ -69,6 +69,9 @@ class ModelArgs(BaseArgs):
     hidden_act: str = "silu"  # activation of the gates
 
     def __post_init__(self) -> None:
+        self.check_counts(
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "decoder_sparse_step"
+        )
         self.require("hidden_act", ("silu",))
         self.require("use_sliding_window", (False, None))
         if set(self.layer_types or ()) - {"full_attention"}:

@@ -7,6 +7,7 @@ import mlx.nn
 from mlx.nn.layers.distributed import shard_linear
 
 from ..backends.reference.activations import activate
+from ..errors import refuse
 from ..specs import Activation
 from ..weights import SharedExpert
 from .linear import Linear
@@ -33,6 +34,8 @@ class MLP(mlx.nn.Module):
         activation: Activation = Activation(),  # noqa: B008 (frozen)
     ):
         super().__init__()
+        if not activation.gated:
+            refuse("MLP", "activation must be gated", activation)
         self.gate_proj = Linear(hidden, width, bias=bias)
         self.up_proj = Linear(hidden, width, bias=bias)
         self.down_proj = Linear(width, hidden, bias=bias)

@@ -9,7 +9,7 @@ import mlx.nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from .. import ops
-from ..backends.reference.experts import combine
+from ..backends.reference.experts import combine, identity_share
 from ..errors import refuse
 from ..specs import Activation, RouterSpec
 from ..weights import SharedExpert
@@ -64,6 +64,11 @@ class MoE(mlx.nn.Module):
         combine_dtype: mx.Dtype | None = None,
     ):
         super().__init__()
+        parts = (names.router, names.experts, names.shared, names.shared_gate)
+        if len(set(parts)) < len(parts) or any(hasattr(MoE, part) for part in parts):
+            refuse("MoE", "names must differ from one another and from MoE's own members", names)
+        if isinstance(router, Router) and router.spec != spec:
+            refuse("MoE", f"the router must have spec {spec}", router.spec)
         self.spec = spec
         self.names = names
         self.combine_dtype = combine_dtype
@@ -153,6 +158,9 @@ class MoE(mlx.nn.Module):
         backend = training_backend(self)
         routing = ops.route(logits, self.spec, selection_bias=bias, backend=backend)
         y = combine(self[self.names.experts](expert_x, routing.indices), routing.weights, self.combine_dtype)
+        if self.spec.identity_experts:
+            stacked = self.spec.num_experts - self.spec.identity_experts
+            y = y + identity_share(expert_x, routing, stacked).astype(y.dtype)
         if self.spec.scale_place == "output":
             y = y * self.spec.scale
         if not self._has_shared:

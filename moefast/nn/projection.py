@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import mlx.nn
 
-from ..specs import QuantSpec
+from ..specs import MODE_DEFAULTS, QuantSpec
 from ..weights import Projection
 
 # Layers whose arrays say everything. Anything else that stands in a projection's place (a LoRA layer, a
@@ -28,8 +28,10 @@ _QUANTIZED = {
 
 
 @lru_cache(maxsize=256)
-def _quant_spec(bits: int, group_size: int, mode: str) -> QuantSpec:
-    return QuantSpec(bits=bits, group_size=group_size, mode=mode)
+def _quant_spec(bits: int | None, group_size: int | None, mode: str) -> QuantSpec:
+    # mlx-lm's stacks keep the None that stands for the mode's default.
+    default_bits, default_group_size = MODE_DEFAULTS[mode]
+    return QuantSpec(bits=bits or default_bits, group_size=group_size or default_group_size, mode=mode)
 
 
 def projection_of(layer: mlx.nn.Module) -> Projection | None:

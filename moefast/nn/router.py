@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn
 
 from .. import ops
+from ..errors import refuse
 from ..routing import Routing
 from ..specs import RouterSpec
 from .linear import Linear, training_backend
@@ -24,6 +25,9 @@ class Router(mlx.nn.Module):
         hidden: model width.
         linear: name of the child layer, or None for a raw ``weight [num_experts, hidden]``.
         selection_bias: name of the ``[num_experts]`` selection bias, or None.
+
+    Raises:
+        ValueError: a name is that of a method or property of this class.
     """
 
     def __init__(
@@ -35,6 +39,9 @@ class Router(mlx.nn.Module):
         selection_bias: str | None = None,
     ):
         super().__init__()
+        for name in (linear, selection_bias):
+            if name is not None and (hasattr(Router, name) or name == "spec"):
+                refuse("Router", "linear and selection_bias must not name a member of Router", repr(name))
         self.spec = spec
         self._linear = linear
         self._selection_bias = selection_bias

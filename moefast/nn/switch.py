@@ -10,10 +10,11 @@ import mlx.nn
 
 from .. import ops
 from ..backends.reference.activations import activate
+from ..backends.reference.experts import each_route
 from ..backends.reference.matmul import gathered
 from ..errors import refuse
-from ..specs import Activation
-from ..weights import ExpertWeights
+from ..specs import MODE_DEFAULTS, Activation
+from ..weights import ExpertWeights, Projection
 from .linear import training_backend
 from .projection import projection_of
 
@@ -69,9 +70,10 @@ class QuantizedSwitchLinear(_Stack):
         mode: str = "affine",
     ):
         super().__init__()
-        defaults = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
-        default_group, default_bits = defaults[mode]
-        self.group_size = group_size or default_group
+        if mode not in MODE_DEFAULTS:
+            refuse("SwitchLinear", f"mode must be one of {tuple(MODE_DEFAULTS)}", repr(mode))
+        default_bits, default_group_size = MODE_DEFAULTS[mode]
+        self.group_size = group_size or default_group_size
         self.bits = bits or default_bits
         self.mode = mode
         self.weight, self.scales, *biases = mx.quantize(weight, self.group_size, self.bits, mode=mode)
@@ -142,8 +144,26 @@ class SwitchGLU(mlx.nn.Module):
         weights = self.expert_weights()
         if weights is not None:
             return ops.switch_glu(x, weights, indices, backend=training_backend(self))
-        indices = mx.stop_gradient(indices)
-        rows = mx.expand_dims(x, (-2, -3))
-        hidden = activate(self.activation, self.gate_proj(rows, indices), self.up_proj(rows, indices))
-        y: mx.array = self.down_proj(hidden, indices)
-        return y.squeeze(-2)
+
+        def expert(rows: mx.array, chosen: mx.array, in_order: bool) -> mx.array:
+            gate = _project(self.gate_proj, rows, chosen, in_order)
+            up = _project(self.up_proj, rows, chosen, in_order)
+            return _project(self.down_proj, activate(self.activation, gate, up), chosen, in_order)
+
+        return each_route(x, indices, int(self.up_proj.num_experts), expert)
+
+
+def _project(layer: mlx.nn.Module, rows: mx.array, indices: mx.array, in_order: bool) -> mx.array:
+    """One projection where some of the three are adapted: the plain ones, and the frozen part under
+    mlx-lm's LoRA, are the reference's products; whatever else stands there is called."""
+    projection = projection_of(layer)
+    if projection is not None:
+        return gathered(rows, projection, indices, in_order=in_order)
+    if (type(layer).__module__, type(layer).__name__) == ("mlx_lm.tuner.lora", "LoRASwitchLinear"):
+        y = _project(layer.linear, rows, indices, in_order)
+        low = gathered(layer.dropout(rows), Projection(layer.lora_a), indices, in_order=in_order)
+        high = gathered(low, Projection(layer.lora_b), indices, in_order=in_order)
+        update: mx.array = (layer.scale * high).astype(rows.dtype)
+        return y + update
+    called: mx.array = layer(rows, indices, sorted_indices=in_order)
+    return called

@@ -10,6 +10,12 @@ from ..weights import FLOATS, Form, Shape
 _INTEGERS = (mx.uint32, mx.int32, mx.uint16, mx.int16, mx.uint8, mx.int8, mx.int64, mx.uint64)
 
 
+def check_type(op: str, name: str, value: object, kind: type) -> None:
+    """``value`` must be a ``kind``: an mx.array and not NumPy's, a spec and not a dictionary."""
+    if not isinstance(value, kind):
+        refuse(op, f"{name} must be of type {kind.__name__}", type(value).__name__)
+
+
 def check_rows(op: str, name: str, shape: Shape, dtype: mx.Dtype, last: int, meaning: str) -> None:
     """``name`` must be a float array ``[..., last]``."""
     if not shape or shape[-1] != last:

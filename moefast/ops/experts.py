@@ -11,7 +11,7 @@ from ..errors import refuse
 from ..registry import Problem, device_name, phase_of
 from ..routing import Routing
 from ..weights import ExpertLayout, ExpertWeights, Shape, form_of
-from ._checks import check_combine_dtype, check_indices, check_rows, dtype_of
+from ._checks import check_combine_dtype, check_indices, check_rows, check_type, dtype_of
 
 
 def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array, *, backend: str = "auto") -> mx.array:
@@ -29,6 +29,9 @@ def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array, *, backen
     Raises:
         ValueError: a shape or dtype breaks a rule, or the named backend cannot run this.
     """
+    check_type("switch_glu", "x", x, mx.array)
+    check_type("switch_glu", "weights", weights, ExpertWeights)
+    check_type("switch_glu", "indices", indices, mx.array)
     problem = _problem(
         "switch_glu", x.shape, x.dtype, weights.layout, form_of(indices), None, None, device_name()
     )
@@ -60,6 +63,9 @@ def experts(
     Raises:
         ValueError: a shape or dtype breaks a rule, or the named backend cannot run this.
     """
+    check_type("experts", "x", x, mx.array)
+    check_type("experts", "weights", weights, ExpertWeights)
+    check_type("experts", "routing", routing, Routing)
     problem = _problem(
         "experts",
         x.shape,

@@ -11,7 +11,7 @@ from ..errors import refuse
 from ..registry import Problem, device_name, phase_of
 from ..specs import RouterSpec
 from ..weights import ExpertLayout, ExpertWeights, Form, Shape, SharedExpert, SharedLayout, form_of
-from ._checks import check_combine_dtype, check_rows, check_vector, dtype_of
+from ._checks import check_combine_dtype, check_rows, check_type, check_vector, dtype_of
 
 
 def moe(
@@ -44,6 +44,12 @@ def moe(
     Raises:
         ValueError: a shape or dtype breaks a rule, or the named backend cannot run this.
     """
+    check_type("moe", "x", x, mx.array)
+    check_type("moe", "logits", logits, mx.array)
+    check_type("moe", "spec", spec, RouterSpec)
+    check_type("moe", "weights", weights, ExpertWeights)
+    if shared is not None:
+        check_type("moe", "shared", shared, SharedExpert)
     problem = _problem(
         x.shape,
         x.dtype,

@@ -10,7 +10,7 @@ from ..backends import registry
 from ..errors import refuse
 from ..registry import Problem, device_name, phase_of
 from ..weights import Layout, Projection, Shape
-from ._checks import check_rows
+from ._checks import check_rows, check_type
 
 
 def quantized_matmul(x: mx.array, weight: Projection, *, backend: str = "auto") -> mx.array:
@@ -30,6 +30,8 @@ def quantized_matmul(x: mx.array, weight: Projection, *, backend: str = "auto") 
     Raises:
         ValueError: a shape or dtype breaks a rule, or the named backend cannot run this.
     """
+    check_type("quantized_matmul", "x", x, mx.array)
+    check_type("quantized_matmul", "weight", weight, Projection)
     problem = _problem(x.shape, x.dtype, weight.layout, device_name())
     y: mx.array = registry.choose(problem, backend).run(x, weight)
     return y

@@ -11,7 +11,7 @@ from ..registry import Problem, device_name, phase_of
 from ..routing import Routing
 from ..specs import RouterSpec
 from ..weights import Form, Shape, form_of
-from ._checks import check_rows, check_vector, dtype_of
+from ._checks import check_rows, check_type, check_vector, dtype_of
 
 
 def route(
@@ -40,6 +40,8 @@ def route(
     Raises:
         ValueError: a shape or dtype breaks a rule, or the named backend cannot run this.
     """
+    check_type("route", "logits", logits, mx.array)
+    check_type("route", "spec", spec, RouterSpec)
     problem = _problem(
         logits.shape, logits.dtype, spec, form_of(selection_bias), form_of(expert_scale), device_name()
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from ...routing import Routing
@@ -26,22 +28,43 @@ def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.arr
     Returns:
         ``[..., top_k, hidden]``.
     """
-    indices = mx.stop_gradient(indices)
+
+    def expert(rows: mx.array, chosen: mx.array, in_order: bool) -> mx.array:
+        up = gathered(rows, weights.up, chosen, in_order=in_order)
+        gate = None
+        if weights.gate is not None:
+            gate = gathered(rows, weights.gate, chosen, in_order=in_order)
+        return gathered(activate(weights.activation, gate, up), weights.down, chosen, in_order=in_order)
+
+    return each_route(x, indices, weights.layout.num_experts, expert)
+
+
+def each_route(
+    x: mx.array,
+    indices: mx.array,
+    num_experts: int,
+    expert: Callable[[mx.array, mx.array, bool], mx.array],
+) -> mx.array:
+    """Apply ``expert(rows [..., 1, hidden], indices [...], in order?)`` to every route.
+
+    A route to an expert that does not exist contributes nothing: its output is 0, and nothing outside the
+    stacks is read.
+
+    Returns:
+        ``[..., top_k, hidden]`` for x ``[..., hidden]`` and indices ``[..., top_k]``.
+    """
+    exists = (indices >= 0) & (indices < num_experts)
+    indices = mx.stop_gradient(mx.where(exists, indices, 0).astype(mx.uint32))
     in_order = indices.size >= _SORT_FROM
     if in_order:
-        top_k = indices.shape[-1]
         flat = indices.flatten()
         order = mx.argsort(flat)
-        rows, chosen = x.reshape(-1, 1, x.shape[-1])[order // top_k], flat[order]
-    else:
-        rows, chosen = mx.expand_dims(x, (-2, -3)), indices
-    up = gathered(rows, weights.up, chosen, in_order=in_order)
-    gate = gathered(rows, weights.gate, chosen, in_order=in_order) if weights.gate is not None else None
-    hidden = activate(weights.activation, gate, up)
-    y = gathered(hidden, weights.down, chosen, in_order=in_order)
-    if in_order:
+        rows = x.reshape(-1, 1, x.shape[-1])[order // indices.shape[-1]]
+        y = expert(rows, flat[order], True)
         y = mx.unflatten(y[mx.argsort(order)], 0, indices.shape)
-    return y.squeeze(-2)
+    else:
+        y = expert(mx.expand_dims(x, (-2, -3)), indices, False)
+    return mx.where(exists[..., None], y.squeeze(-2), mx.array(0, y.dtype))
 
 
 def combine(y: mx.array, weights: mx.array, combine_dtype: mx.Dtype | None) -> mx.array:
@@ -82,24 +105,15 @@ def moe(
 ) -> mx.array:
     """Routing, experts, combine and shared expert. x: ``[..., hidden]`` -> ``[..., hidden]``."""
     routing = route(logits, spec, selection_bias, expert_scale)
+    y = experts(x, weights, routing, combine_dtype)
     if spec.identity_experts:
-        y = _with_identity_experts(x, weights, routing, combine_dtype)
-    else:
-        y = experts(x, weights, routing, combine_dtype)
+        y = y + identity_share(x, routing, weights.layout.num_experts).astype(y.dtype)
     if spec.scale_place == "output" and spec.scale != 1.0:
         y = y * spec.scale
     return y if shared is None else y + shared_expert(x, shared)
 
 
-def _with_identity_experts(
-    x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
-) -> mx.array:
-    """Routes to experts past the end of the stack return x itself, times their weight."""
-    identity = routing.indices >= weights.layout.num_experts
-    real = Routing(
-        mx.where(identity, 0, routing.indices).astype(mx.uint32),
-        mx.where(identity, 0.0, routing.weights).astype(routing.weights.dtype),
-    )
-    kept = mx.where(identity, routing.weights, 0.0).sum(axis=-1, keepdims=True)
-    y = experts(x, weights, real, combine_dtype)
-    return (y + x * kept).astype(y.dtype)
+def identity_share(x: mx.array, routing: Routing, num_experts: int) -> mx.array:
+    """What the experts past the end of the stack add: x itself, times their weights (LongCat-Flash)."""
+    kept = mx.where(routing.indices >= num_experts, routing.weights, 0.0)
+    return x * kept.sum(axis=-1, keepdims=True)

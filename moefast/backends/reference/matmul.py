@@ -20,8 +20,9 @@ from ...weights import Projection
 # What MLX divides a global scale by: the largest e4m3 value times the largest e2m1 value.
 _NVFP4_RANGE = 448.0 * 6.0
 
-# Upper bound on the bytes of expert weights that _blocked copies (and upcasts) at a time.
-_CHUNK_BYTES = 256 << 20
+# Bytes of expert weights that _blocked copies (and upcasts) at a time, or one expert where that is larger.
+# MLX issues about ten operations ahead of the one that runs: several such chunks are alive at once.
+_CHUNK_BYTES = 8 << 20
 
 
 def dense(x: mx.array, projection: Projection) -> mx.array:
@@ -153,10 +154,14 @@ def _blocked(x: mx.array, weight: mx.array, indices: mx.array) -> mx.array:
         padded = mx.concatenate([rows, mx.zeros((1, in_dims), dtype)])[source]
 
     padded = padded.reshape(num_blocks, block, in_dims)
-    step = max(1, _CHUNK_BYTES // (out_dims * in_dims * dtype.size))
-    products = [
-        padded[b : b + step] @ weight[expert_of_block[b : b + step]].astype(dtype).swapaxes(-1, -2)
-        for b in range(0, num_blocks, step)
-    ]
+    element = weight.dtype.size + (0 if weight.dtype == dtype else dtype.size)
+    step = max(1, _CHUNK_BYTES // (out_dims * in_dims * element))
+    products: list[mx.array] = []
+    for b in range(0, num_blocks, step):
+        chosen = expert_of_block[b : b + step]
+        if products:  # one chunk after another: unordered, MLX would copy them all before multiplying any
+            (chosen,) = mx.depends([chosen], [products[-1]])
+        stack = weight[chosen].astype(dtype).swapaxes(-1, -2)
+        products.append(padded[b : b + step] @ stack)
     y = mx.concatenate(products).reshape(-1, out_dims)
     return y[slot_of_route].reshape(*indices.shape, 1, out_dims)

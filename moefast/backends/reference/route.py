@@ -86,7 +86,8 @@ def keep_top_groups(key: mx.array, spec: RouterSpec) -> mx.array:
        scores, whose order settles ties (lowest index dropped first).
     4. *Fill value.* All keys of dropped groups become 0, or ``-inf``. 0 is harmless while keys are positive
        scores, but a strong negative selection bias can push a kept expert's key below 0, and then an
-       expert of a *dropped* group wins over it; ``-inf`` excludes them. The first public code of DeepSeek-V3
+       expert of a *dropped* group wins over it; ``-inf`` excludes them (as long as the kept
+       groups have ``top_k`` experts). The first public code of DeepSeek-V3
        and GLM-4.5 filled with 0, Ling's with ``-inf``, and mlx-lm chose per family. A family keeps the value
        that mlx-lm runs it with (``docs/differences.md`` lists the rest).
 

@@ -36,7 +36,7 @@ _EXAMPLES = """\
 examples:
   %(prog)s                                    all five families, under four minutes
   %(prog)s --families qwen2_moe dbrx --layers 4 --budget 300
-  %(prog)s --subjects mlx-lm-fp32 native      two of the subjects
+  %(prog)s --subjects mlx-lm-fp32 reference   two of the subjects
   %(prog)s --plot bench.png --json bench.json
 
 exit status: 0; 1 if an output was wrong; 2 for bad arguments."""
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         choices=[*STOCK, *registry.names()],
                         help=f"what to measure: {', '.join([*STOCK, *registry.names()])} "
                              f"(default here: {' '.join([*STOCK, *available])})")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts (default: 0)")
+    parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and prompts (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON to a file, too")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures")
     parser.set_defaults(program=parser.prog)
@@ -166,8 +166,10 @@ def _problem_of(args: argparse.Namespace) -> str | None:
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             return f"{path.parent} must be a directory that exists"
+    if args.plot is not None and args.plot.suffix.lower() != ".png":
+        return f"--plot must end in .png, got {args.plot.name}"
     if args.plot is not None and find_spec("matplotlib") is None:
-        return "--plot needs matplotlib: pip install 'moefast[bench]'"
+        return "--plot needs matplotlib: moefast's extra bench (in a checkout: pip install '.[bench]')"
     return None
 
 
@@ -202,6 +204,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
     return value
 
 
