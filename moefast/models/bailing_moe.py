@@ -82,6 +82,7 @@ class ModelArgs(BaseArgs):
     moe_shared_expert_intermediate_size: int | None = None  # unit of num_shared_experts; one expert's width
     moe_router_enable_shared_expert: bool = True  # false leaves the shared expert out
     use_sliding_window: bool = False  # window attention: not implemented
+    num_nextn_predict_layers: int = 0  # multi-token prediction layers in the checkpoint: dropped
     hidden_act: str = "silu"  # activation of the gates
 
     def __post_init__(self) -> None:
@@ -229,7 +230,9 @@ class Model(CausalLM):
             mlp = f"model.layers.{layer}.mlp"
             stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", args.num_experts or 0)
             rename(weights, [(f"{mlp}.gate.weight", f"{mlp}.gate.gate_proj.weight")])
-        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)
+        layers = args.num_hidden_layers
+        surplus = range(layers, layers + args.num_nextn_predict_layers)
+        return drop_unused(weights, tied=args.tie_word_embeddings, prediction_layers=surplus)
 
     def quantization(
         self, *, bits: int = 8, group_size: int = 64

@@ -35,19 +35,20 @@ def stack_experts(
                     weights[f"{target}.{projection}.{part}"] = mx.stack([weights.pop(key) for key in keys])
 
 
-def drop_unused(weights: Weights, *, layers: int, tied: bool) -> Weights:
+def drop_unused(weights: Weights, *, tied: bool, prediction_layers: range = range(0)) -> Weights:
     """``weights`` without the tensors that checkpoints carry and no model here reads.
 
-    - Layers past the last one: multi-token prediction (arXiv:2412.19437, section 2.2), which speculates on
-      a further token and takes no part in plain decoding.
+    - Multi-token prediction (arXiv:2412.19437, section 2.2): layers after the last one, which speculate on
+      further tokens and take no part in plain decoding. Only ``prediction_layers``: any other surplus layer
+      means that configuration and weights do not belong together, and is left for the loader to refuse.
     - ``lm_head`` beside tied embeddings: a copy of the embedding.
     - ``rotary_emb.inv_freq``: a constant that old versions of transformers saved.
     """
 
     def unused(key: str) -> bool:
-        layer = re.match(r"(?:model\.layers|transformer\.blocks)\.(\d+)\.", key)
-        past_the_end = layer is not None and int(layer[1]) >= layers
-        return past_the_end or (tied and key.startswith("lm_head.")) or key.endswith("rotary_emb.inv_freq")
+        layer = re.match(r"model\.layers\.(\d+)\.", key)
+        predicts = layer is not None and int(layer[1]) in prediction_layers
+        return predicts or (tied and key.startswith("lm_head.")) or key.endswith("rotary_emb.inv_freq")
 
     return {key: value for key, value in weights.items() if not unused(key)}
 

@@ -254,7 +254,7 @@ class Model(CausalLM):
                         stack = mx.contiguous(stack.swapaxes(1, 2))
                     weights[f"{ffn}.switch_mlp.{projection}.weight"] = stack
             stack_experts(weights, f"{ffn}.experts", f"{ffn}.switch_mlp", experts, _PROJECTIONS)
-        return drop_unused(weights, layers=self.args.n_layers, tied=False)
+        return drop_unused(weights, tied=False)
 
 
 def unstack_experts(weights: Mapping[str, mx.array]) -> Weights:

@@ -72,6 +72,7 @@ class ModelArgs(BaseArgs):
     rope_scaling: dict[str, Any] | None = None  # context extension; see models/rope.py
     scoring_func: str = "sigmoid"  # how logits become scores
     topk_method: str = "noaux_tc"  # selection bias without auxiliary loss
+    num_nextn_predict_layers: int = 1  # multi-token prediction layers in the checkpoint: dropped
     hidden_act: str = "silu"  # activation of the gates
 
     def __post_init__(self) -> None:
@@ -185,4 +186,6 @@ class Model(CausalLM):
         for layer in range(args.num_hidden_layers):
             mlp = f"model.layers.{layer}.mlp"
             stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", args.n_routed_experts or 0)
-        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)
+        layers = args.num_hidden_layers
+        surplus = range(layers, layers + args.num_nextn_predict_layers)
+        return drop_unused(weights, tied=args.tie_word_embeddings, prediction_layers=surplus)

@@ -173,7 +173,7 @@ class Model(CausalLM):
             if down is not None:
                 weights[f"{block}.switch_mlp.down_proj.weight"] = down
         args = self.args
-        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)
+        return drop_unused(weights, tied=args.tie_word_embeddings)
 
     def quantization(
         self, *, bits: int = 8, group_size: int = 64

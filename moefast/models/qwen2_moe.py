@@ -166,4 +166,4 @@ class Model(CausalLM):
         for layer in range(args.num_hidden_layers):
             mlp = f"model.layers.{layer}.mlp"
             stack_experts(weights, f"{mlp}.experts", f"{mlp}.switch_mlp", args.num_experts)
-        return drop_unused(weights, layers=args.num_hidden_layers, tied=args.tie_word_embeddings)
+        return drop_unused(weights, tied=args.tie_word_embeddings)
