@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
@@ -12,7 +13,7 @@ from ..specs import RouterSpec
 
 
 @dataclass
-class BaseArgs:
+class BaseArgs(ABC):
     """Base of the ``ModelArgs``; ``model_type`` names the family in errors."""
 
     # field -> other names that configurations give it
@@ -97,9 +98,9 @@ class BaseArgs:
                 message = re.sub(rf"\b{word}\b", field, message)
             raise ValueError(f"[{self._family}] {message}") from None
 
+    @abstractmethod
     def router_spec(self) -> RouterSpec:
         """The family's routing with this configuration's numbers."""
-        raise NotImplementedError
 
     @property
     def _family(self) -> str:
