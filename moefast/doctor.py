@@ -105,16 +105,8 @@ def _choices(default: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _choice(problem: Problem, default: str) -> dict[str, Any]:
-    """The registry's choice without its memory: what is only asked here must not look like a call."""
-    refused: dict[str, str] = {}
-    for backend in registry.backends:
-        if default not in ("auto", backend.name):
-            continue
-        reason = backend.why_not(problem)
-        if reason is None:
-            return {"backend": backend.name, "refused": refused}
-        refused[backend.name] = reason
-    return {"backend": None, "refused": refused}
+    taker, refused = registry.ask(problem, default)
+    return {"backend": taker and taker.name, "refused": refused}
 
 
 def _problems(tokens: int) -> list[Problem]:

@@ -143,22 +143,29 @@ class Registry:
         choice = self._choices.get((problem, backend))
         return choice if choice is not None else self._decide(problem, backend)
 
-    def _decide(self, problem: Problem, backend: str) -> Choice:
-        self.check(backend)
+    def ask(self, problem: Problem, backend: str) -> tuple[Backend | None, dict[str, str]]:
+        """The first backend that takes a problem, out of all (``"auto"``) or the one named, and why those
+        before it refused. Remembers nothing: asking is not a call."""
         refused: dict[str, str] = {}
         for candidate in self.backends:
             if backend not in ("auto", candidate.name):
                 continue
             reason = candidate.why_not(problem)
             if reason is None:
-                choice = Choice(candidate.name, candidate.kernels[problem.op].run, refused)
-                self._choices[problem, backend] = choice
-                about = f"{problem.op} ({problem.phase}, {problem.dtype}, {problem.device})"
-                log.info("%s: %s%s", about, candidate.name, f", not {refused}" if refused else "")
-                log.debug("%s", problem)
-                return choice
+                return candidate, refused
             refused[candidate.name] = reason
-        refuse(problem.op, f"backend {backend!r} must be able to run {problem}", refused)
+        return None, refused
+
+    def _decide(self, problem: Problem, backend: str) -> Choice:
+        taker, refused = self.ask(problem, self.check(backend))
+        if taker is None:
+            refuse(problem.op, f"backend {backend!r} must be able to run {problem}", refused)
+        choice = Choice(taker.name, taker.kernels[problem.op].run, refused)
+        self._choices[problem, backend] = choice
+        about = f"{problem.op} ({problem.phase}, {problem.dtype}, {problem.device})"
+        log.info("%s: %s%s", about, taker.name, f", not {refused}" if refused else "")
+        log.debug("%s", problem)
+        return choice
 
     def choices(self) -> list[tuple[Problem, Choice]]:
         """Every choice made so far: what ``moefast generate`` and ``MOEFAST_LOG`` report."""
