@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed
 
 # find, not $(wildcard), which does not descend into folders.
 cpp_files = find csrc kernels -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' \)
+BUILT_FROM := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -name '*.md')
 
-.PHONY: help venv test test-all lint format bench bench-ops wheel clean
+.PHONY: help venv test test-all test-asan test-tsan lint format bench bench-ops wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,14 +19,19 @@ help:  ## list the targets
 venv: $(STAMP)  ## create or update .venv with moefast, editable, and everything to develop it
 
 # The stamp is written last, so an interrupted install starts again; an environment that has no
-# working pip or too old a Python (a first try with the wrong PYTHON) is made anew.
-$(STAMP): pyproject.toml CMakeLists.txt
+# working pip or too old a Python (a first try with the wrong PYTHON) is made anew. Built without isolation,
+# against the very MLX that is installed here, and in a folder that is kept: edited files only.
+$(STAMP): pyproject.toml CMakeLists.txt $(BUILT_FROM)
 	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	|| { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	     || { echo "moefast needs Python 3.11 or newer: make venv PYTHON=python3.12" >&2; exit 1; }; \
 	     $(PYTHON) -m venv --clear $(VENV); }
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[cpu,dev]"
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	> $(VENV)/build-requires.txt
+	$(BIN)/python -m pip install --quiet cmake ninja --requirement $(VENV)/build-requires.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation \
+	  --config-settings=build-dir=build/editable --editable ".[cpu,dev]"
 	@touch $@
 
 test: $(STAMP)  ## run the test suite without the slow tests
@@ -33,6 +39,27 @@ test: $(STAMP)  ## run the test suite without the slow tests
 
 test-all: $(STAMP)  ## run the test suite, slow tests included
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# The kernels alone: neither Python nor MLX is built with sanitizers. Leaks are not looked for, Python has
+# many; the C++ runtime is loaded early because the sanitizer looks for its exceptions there.
+test-asan: $(STAMP)  ## run the C++ tests and the kernels' tests under the address sanitizer
+	$(call sanitized,asan,address$(comma)undefined)
+	$(BIN)/cmake --build build/asan
+	$(BIN)/ctest --test-dir build/asan --output-on-failure --label-exclude speed
+	ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest tests/test_kernels.py --kernels "$$(echo build/asan/csrc/numpy/_kernels*.so)" $(ARGS)
+
+test-tsan: $(STAMP)  ## run the thread pool's tests under the thread sanitizer
+	$(call sanitized,tsan,thread)
+	$(BIN)/cmake --build build/tsan --target pool_test
+	$(NO_ASLR) build/tsan/csrc/tests/pool_test
+
+comma := ,
+# Where addresses are spread more widely than it knows, the thread sanitizer refuses to start.
+NO_ASLR := $(shell command -v setarch >/dev/null && echo setarch -R)
+sanitized = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=None \
+	  -DMOEFAST_TESTS=ON -DMOEFAST_SANITIZE=$(2) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
 
 lint: $(STAMP)  ## check style and types: ruff, mypy, clang-format
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Options, the measured bandwidth and the closing table of ops.py."""
+"""Options, the measured limits of the machine and the closing table of ops.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moefast.lm.bench import machine
-from moefast.lm.bench.bandwidth import Bandwidth, measure_bandwidth
+from moefast.lm.bench.bandwidth import Bandwidth, measure_bandwidth, measure_peak
 from moefast.lm.bench.report import machine_lines, number
 
 _REPORT = pytest.StashKey["Report"]()
@@ -36,16 +36,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Report:
-    """What all cases share: how long they may take, what was measured, the bandwidth to compare with.
+    """What all cases share: how long they may take, what was measured, the limits to compare with.
 
     Attributes:
+        bandwidth: of memory.
+        peaks: TFLOP/s of the machine, by what was done; peak: the highest, or 0 where none was measured.
         full: run and verify everything.
         case_seconds: most seconds of one run.
         rows: figures of the cases so far, or why they were left out.
     """
 
-    def __init__(self, bandwidth: Bandwidth, case_seconds: float, full: bool):
+    def __init__(self, bandwidth: Bandwidth, peaks: dict[str, float], case_seconds: float, full: bool):
         self.bandwidth = bandwidth
+        self.peaks = peaks
+        self.peak = max(peaks.values(), default=0.0)
         self.full = full
         self.case_seconds = float("inf") if full else case_seconds
         self.rows: list[dict[str, Any]] = []
@@ -74,6 +78,8 @@ class Report:
             "MB\nmoved",
             "GB/s",
             "of band-\nwidth",
+            "TFLOP/s",
+            "of\npeak",
             "vs faster\nmlx-lm",
             "error",
         ):
@@ -93,7 +99,7 @@ class Report:
 
     def _figures(self, row: dict[str, Any]) -> list[str]:
         if "skipped" in row:
-            return [f"[dim]{row['skipped']}[/]", "", "", "", "", ""]
+            return [f"[dim]{row['skipped']}[/]", *[""] * 7]
         low, high = row["low"] * 1e3, row["high"] * 1e3
         spread = f" ({number(low)}–{number(high)})" if row["rounds"] > 1 else " (1 run)"
         baseline = self._baseline(row)
@@ -102,6 +108,8 @@ class Report:
             number(row["bytes"] / 1e6),
             number(row["gb_s"]),
             f"{row['of_bandwidth']:.1%}",
+            number(row["tflop_s"]) if row["tflop_s"] else "",
+            f"{row['of_peak']:.1%}" if row["tflop_s"] and row["of_peak"] else "",
             "" if baseline is None else f"{number(baseline / row['seconds'])}×",
             f"{row['error']:.1e}",
         ]
@@ -122,7 +130,8 @@ class Report:
 def report(request: pytest.FixtureRequest) -> Report:
     """The session's one report."""
     config = request.config
-    report = Report(measure_bandwidth(), config.getoption("--case-seconds"), config.getoption("--full"))
+    seconds, full = config.getoption("--case-seconds"), config.getoption("--full")
+    report = Report(measure_bandwidth(), measure_peak(), seconds, full)
     config.stash[_REPORT] = report
     return report
 
@@ -133,10 +142,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if report is None or not report.rows:
         return
     text = io.StringIO()
-    Console(file=text, width=150, highlight=False).print(report.table())
+    Console(file=text, width=170, highlight=False).print(report.table())
     terminalreporter.write_line("")
     for line in (*machine_lines(machine.describe()), f"bandwidth: {report.bandwidth}"):
         terminalreporter.write_line(line)
+    if report.peaks:
+        peaks = "; ".join(f"{what}: {peak:.2f} TFLOP/s" for what, peak in report.peaks.items())
+        terminalreporter.write_line(f"peak: {peaks}")
     for line in text.getvalue().splitlines():
         terminalreporter.write_line(line.rstrip())
     command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])

@@ -7,8 +7,9 @@ to mlx-lm's SwitchGLU and MLX's QuantizedLinear. An output is verified before it
 **Bytes moved** are what the operation cannot avoid: every weight that takes part read once (the stacks of
 the experts that at least one token chose; packed words, scales and offsets), activations, indices and
 routing weights read once, the output written once. Nothing between the projections is counted. GB/s is that
-over the median time; the roof is the bandwidth measured in the same run. Prefill is bound by arithmetic
-rather than by memory, so a small share of the roof is no fault there.
+over the median time; the roof is the bandwidth measured in the same run. **Operations** are two for each
+weight that a row is multiplied with; TFLOP/s and their part of the measured peak say how good a prefill is,
+which is bound by arithmetic rather than by memory.
 
 Options (conftest.py): ``--case-seconds`` skips what would take longer, by the time of the last smaller
 case; ``--full`` runs everything and verifies every token.
@@ -162,7 +163,9 @@ class Bench:
         if expected > report.case_seconds:
             self._skip(f"would take about {expected:.0f} s")
 
-    def __call__(self, run: Callable[[], Any], verify: Callable[[Any], float], moved: int) -> None:
+    def __call__(
+        self, run: Callable[[], Any], verify: Callable[[Any], float], moved: int, flops: int = 0
+    ) -> None:
         """Time ``run``, which returns arrays; ``verify`` raises AssertionError or returns their error."""
         try:
             start = time.perf_counter()
@@ -181,7 +184,16 @@ class Bench:
         figures = {"seconds": stats.median, "low": stats.min, "high": stats.max, "rounds": rounds}
         gb_s = moved / stats.median / 1e9
         roof = gb_s / self._report.bandwidth.roof
-        extra = {**self._case, "bytes": moved, "gb_s": gb_s, "of_bandwidth": roof, "error": error}
+        tflop_s = flops / stats.median / 1e12
+        extra = {
+            **self._case,
+            "bytes": moved,
+            "gb_s": gb_s,
+            "of_bandwidth": roof,
+            "tflop_s": tflop_s,
+            "of_peak": tflop_s / self._report.peak if self._report.peak else None,
+            "error": error,
+        }
         self._benchmark.extra_info.update(extra)
         self._report.add({**extra, **figures})
 
@@ -234,7 +246,8 @@ def test_experts(benchmark: Any, report: Report, layer: Layer, tokens: int, subj
         if subject in _STOCK
         else lambda: moefast.experts(x, w, routing, backend=subject)
     )
-    bench(run, verify, moved)
+    weights = sum(p.layout.out_dims * p.layout.in_dims for p in w.projections)
+    bench(run, verify, moved, 2 * tokens * layer.spec.top_k * weights)
 
 
 @pytest.mark.parametrize("subject", [*_STOCK, *_BACKENDS])
@@ -257,7 +270,8 @@ def test_quantized_matmul(benchmark: Any, report: Report, layer: Layer, tokens: 
     run = (
         (lambda: linear(x)) if subject in _STOCK else lambda: moefast.quantized_matmul(x, p, backend=subject)
     )
-    bench(run, verify, p.nbytes + x.nbytes + x.itemsize * tokens * p.layout.out_dims)
+    moved = p.nbytes + x.nbytes + x.itemsize * tokens * p.layout.out_dims
+    bench(run, verify, moved, 2 * tokens * p.layout.out_dims * p.layout.in_dims)
 
 
 @lru_cache(maxsize=1)  # shared by the subjects of a case, which follow one another

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .backends import backends, registry
+from .backends import backends, native, registry
 from .env import Settings, settings
 from .ops.experts import _problem as _experts_problem
 from .ops.moe import _problem as _moe_problem
@@ -43,7 +43,8 @@ def examine() -> dict[str, Any]:
         can run, else the reason. ``default_backend``. ``auto``: op -> phase -> backend and the reasons
         of those refused. ``problem``: what is wrong with MOEFAST_BACKEND, or None. ``environment``:
         variable -> value in effect and whether it is the default.
-        ``kernels``: the folder of Metal sources, or why there is none.
+        ``kernels``: the folder of Metal sources, or why there is none. ``native``: what that backend runs
+        through, its instruction set and threads, and what it was built for; empty where it cannot run.
     """
     default, problem = "auto", None
     try:
@@ -64,6 +65,7 @@ def examine() -> dict[str, Any]:
             **{key: value for key, value in mx.device_info().items() if isinstance(value, str | int)},
         },
         "backends": dict(backends()),
+        "native": native.describe(),
         "default_backend": default,
         "problem": problem,
         "auto": _choices(default),
@@ -150,12 +152,14 @@ def as_text(found: dict[str, Any]) -> str:
         (
             "environment",
             {
-                name: f"{entry['value']}{' (default)' if entry['default'] else ''}"
+                name: f"{entry['value']}{' (default)' if entry['default'] else ''}".strip()
                 for name, entry in found["environment"].items()
             },
         ),
         ("kernels", {"folder": found["kernels"]}),
     ]
+    if found["native"]:
+        sections.insert(4, ("native", found["native"]))
     blocks = [f"{title}\n{_rows(rows)}" for title, rows in sections]
     if found["problem"]:
         blocks.append(f"problem\n  {found['problem']}")

@@ -2,7 +2,9 @@
 
 ===================  ===================================================================================
 ``MOEFAST_BACKEND``  default backend: ``auto`` (fastest available), or a name of ``moefast.backends()``
+``MOEFAST_ISA``      instruction set of the native backend, one of ``ISAS``; by default the best there is
 ``MOEFAST_LOG``      ``1``, true, yes or on: log which kernel each operation chose and why others refused
+``MOEFAST_THREADS``  threads of the native backend; 0, the default: one per usable core
 ===================  ===================================================================================
 
 They are read once, when moefast is imported.
@@ -16,6 +18,11 @@ from dataclasses import dataclass
 
 from .errors import refuse
 
+# What csrc/cpu/isa.cpp knows. Which of them this machine runs, `moefast doctor` tells.
+ISAS = ("amx", "avx512", "avx2", "neon", "portable")
+
+_MOST_THREADS = 1024
+
 _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
@@ -24,7 +31,9 @@ class Settings:
     """The environment, parsed."""
 
     backend: str = "auto"
+    isa: str = ""
     log: bool = False
+    threads: int = 0
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -32,7 +41,18 @@ class Settings:
         log = environ.get("MOEFAST_LOG", "").lower()
         if log not in (*_ON, *_OFF):
             refuse("env", f"MOEFAST_LOG must be one of {(*_ON, *_OFF)}", repr(log))
-        return cls(backend=environ.get("MOEFAST_BACKEND", "") or "auto", log=log in _ON)
+        isa = environ.get("MOEFAST_ISA", "")
+        if isa and isa not in ISAS:
+            refuse("env", f"MOEFAST_ISA must be one of {ISAS}", repr(isa))
+        threads = environ.get("MOEFAST_THREADS", "") or "0"
+        if not threads.isdecimal() or int(threads) > _MOST_THREADS:
+            refuse("env", f"MOEFAST_THREADS must be in 0..{_MOST_THREADS}", repr(threads))
+        return cls(
+            backend=environ.get("MOEFAST_BACKEND", "") or "auto",
+            isa=isa,
+            log=log in _ON,
+            threads=int(threads),
+        )
 
 
 settings = Settings.read(os.environ)

@@ -47,6 +47,10 @@ class Problem(NamedTuple):
     details: tuple[Hashable, ...]
 
 
+# Tokens of each phase, from and to.
+PHASES = {"empty": (0, 0), "decode": (1, 1), "band": (2, 127), "prefill": (128, 2**62)}
+
+
 def phase_of(shape: tuple[int, ...]) -> str:
     """The shape class of a call on ``[..., features]``."""
     tokens = math.prod(shape[:-1])
@@ -55,6 +59,22 @@ def phase_of(shape: tuple[int, ...]) -> str:
     if tokens > 1:
         return "band"
     return "decode" if tokens else "empty"
+
+
+class Bound(NamedTuple):
+    """A kernel made ready for one problem.
+
+    Attributes:
+        run: the operation, with the arguments of the reference's function.
+        of_layers: the same on the layers that hold the arrays, read at each call, or None where the backend
+            has no such way. It answers None when the call is of another kind by now: other shapes, dtypes,
+            arrays or types of layers, or not ``low..high`` tokens. ``quantized_matmul``: ``(x, layer, type,
+            low, high)``. ``moe``: ``(x, logits, selection_bias, experts, shared, shared_gate, types, low,
+            high)``, ``types`` being those of the projections in that order.
+    """
+
+    run: Callable[..., Any]
+    of_layers: Callable[..., Any] | None = None
 
 
 def _always(problem: Problem) -> str | None:
@@ -67,6 +87,21 @@ class Kernel:
 
     run: Callable[..., Any]
     why_not: Callable[[Problem], str | None] = _always
+
+    def bind(self, problem: Problem) -> Bound:
+        """What runs ``problem``."""
+        return Bound(self.run)
+
+
+@dataclass(frozen=True)
+class BoundKernel(Kernel):
+    """A kernel whose ``run`` takes a problem and returns what runs it, as :class:`Bound`: there is something
+    to work out once for all calls of a kind."""
+
+    def bind(self, problem: Problem) -> Bound:
+        """What runs ``problem``."""
+        bound: Bound = self.run(problem)
+        return bound
 
 
 @dataclass(frozen=True)
@@ -98,6 +133,7 @@ class Choice(NamedTuple):
     backend: str
     run: Callable[..., Any]
     refused: Mapping[str, str]
+    of_layers: Callable[..., Any] | None = None  # see Bound
 
 
 class Registry:
@@ -160,7 +196,8 @@ class Registry:
         taker, refused = self.ask(problem, self.check(backend))
         if taker is None:
             refuse(problem.op, f"backend {backend!r} must be able to run {problem}", refused)
-        choice = Choice(taker.name, taker.kernels[problem.op].run, refused)
+        bound = taker.kernels[problem.op].bind(problem)
+        choice = Choice(taker.name, bound.run, refused, bound.of_layers)
         self._choices[problem, backend] = choice
         about = f"{problem.op} ({problem.phase}, {problem.dtype}, {problem.device})"
         log.info("%s: %s%s", about, taker.name, f", not {refused}" if refused else "")

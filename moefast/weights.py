@@ -6,7 +6,7 @@ Constructors look at shapes and dtypes only; they never evaluate an array.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
         out_dims, in_dims: logical sizes.
         dtype: of an unquantized weight, or of the scales: float for affine, uint8 for the float modes.
         quant: None for an unquantized weight.
-        bias: an output bias is added.
+        bias: dtype of the output bias as a string (an mx.Dtype cannot be compared with None), or None.
         global_scale: nvfp4's float32 scale per expert.
     """
 
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     in_dims: int
     dtype: mx.Dtype
     quant: QuantSpec | None
-    bias: bool
+    bias: str | None
     global_scale: bool
 
 
@@ -56,7 +56,8 @@ class Projection:
         ValueError: a shape or dtype does not fit ``quant``.
     """
 
-    __slots__ = ("bias", "biases", "global_scale", "layout", "quant", "scales", "weight")
+    # prepared: what a backend has made of the arrays, for its next call.
+    __slots__ = ("bias", "biases", "global_scale", "layout", "prepared", "quant", "scales", "weight")
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Projection:
         self.bias = bias
         self.global_scale = global_scale
         self.quant = quant
+        self.prepared: Any = None
         self.layout = _layout(
             form_of(weight), form_of(scales), form_of(biases), form_of(bias), form_of(global_scale), quant
         )
@@ -95,6 +97,11 @@ class Projection:
 
 
 Form = tuple[Shape, mx.Dtype] | None
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """``float32`` for ``mx.float32``."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def form_of(array: mx.array | None) -> Form:
@@ -141,7 +148,7 @@ def _layout(
         in_dims=in_dims,
         dtype=dtype if scales is None else scales[1],
         quant=quant,
-        bias=bias is not None,
+        bias=dtype_name(bias[1]) if bias is not None else None,
         global_scale=global_scale is not None,
     )
 
@@ -182,7 +189,7 @@ class ExpertWeights:
         ValueError: the projections do not fit one another.
     """
 
-    __slots__ = ("activation", "down", "gate", "layout", "up")
+    __slots__ = ("activation", "down", "gate", "layout", "prepared", "up")
 
     def __init__(
         self,
@@ -196,6 +203,7 @@ class ExpertWeights:
         self.down = down
         self.gate = gate
         self.activation = activation
+        self.prepared: Any = None
         self.layout = _expert_layout(up.layout, down.layout, gate.layout if gate else None, activation)
         if self.layout.num_experts == 0:
             refuse("ExpertWeights", "projections must be stacked [num_experts, out, in]", up.layout)
@@ -249,7 +257,7 @@ class SharedExpert:
         output_gate: ``hidden -> 1``; the output is multiplied by ``sigmoid(output_gate(x))`` (Qwen2-MoE).
     """
 
-    __slots__ = ("activation", "down", "gate", "layout", "output_gate", "up")
+    __slots__ = ("activation", "down", "gate", "layout", "output_gate", "prepared", "up")
 
     def __init__(
         self,
@@ -265,6 +273,7 @@ class SharedExpert:
         self.gate = gate
         self.activation = activation
         self.output_gate = output_gate
+        self.prepared: Any = None
         layout = _expert_layout(up.layout, down.layout, gate.layout if gate else None, activation)
         if layout.num_experts:
             refuse("SharedExpert", "projections must be dense [out, in]", up.layout)

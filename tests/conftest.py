@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -9,7 +11,25 @@ import numpy as np
 import pytest
 from factories import Floats, MakeExperts, MakeProjection, MakeShared
 
-from moefast import Activation, ExpertWeights, Projection, QuantSpec, SharedExpert
+import moefast
+from moefast import Activation, ExpertWeights, Projection, QuantSpec, SharedExpert, use_backend
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kernels", help="a file of moefast._kernels to test instead of the installed one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if file := config.getoption("--kernels"):
+        spec = importlib.util.spec_from_file_location("moefast._kernels", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["moefast._kernels"] = module
+
+
+BACKENDS = [name for name, reason in moefast.backends().items() if reason is None]
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +45,20 @@ def cpu() -> Iterator[None]:
     mx.set_default_device(mx.cpu)
     yield
     mx.set_default_device(former)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend that can run here, in turn: what ``"auto"`` stands for during the test."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def reference() -> Iterator[None]:
+    """``"auto"`` is the reference during the test: for what is compared bit for bit with mlx-lm."""
+    with use_backend("reference"):
+        yield
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as kv_caches
 from model_cases import Config
 
-from moefast import ExpertWeights, RouterSpec, ops
+from moefast import ops
 from moefast.models import get_classes
 from moefast.models.dbrx import unstack_experts
+from moefast.nn import MoE
 
 Weights = dict[str, mx.array]
 
@@ -116,14 +117,13 @@ def recorded_routings() -> Iterator[list[mx.array]]:
     """Collects the experts chosen by every MoE block of our models that runs meanwhile, in order:
     ``[batch, length, top_k]``, sorted."""
     found: list[mx.array] = []
-    run = ops.moe
+    run = MoE._recalled
 
-    def spy(x: mx.array, logits: mx.array, spec: RouterSpec, weights: ExpertWeights, **rest: Any) -> mx.array:
-        indices = ops.route(logits, spec, selection_bias=rest.get("selection_bias")).indices
-        found.append(mx.sort(indices, axis=-1))
-        return run(x, logits, spec, weights, **rest)
+    def spy(block: MoE, x: mx.array, logits: mx.array, bias: mx.array | None) -> mx.array | None:
+        found.append(mx.sort(ops.route(logits, block.spec, selection_bias=bias).indices, axis=-1))
+        return run(block, x, logits, bias)
 
-    with mock.patch.object(ops, "moe", spy):
+    with mock.patch.object(MoE, "_recalled", spy):
         yield found
 
 

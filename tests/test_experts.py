@@ -17,6 +17,7 @@ from moefast.backends.reference import matmul
 from moefast.testing import assert_close
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_backend = pytest.mark.usefixtures("backend")
 
 HIDDEN, WIDTH = 128, 256  # groups of 128 need multiples of it
 
@@ -28,7 +29,7 @@ def any_experts(rng: np.random.Generator, *shape: int, experts: int) -> mx.array
 
 def check(x: mx.array, weights: ExpertWeights, indices: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
     """``switch_glu`` is as good as it should be; ``dtype``: the coarsest one inside."""
-    y = switch_glu(x, weights, indices, backend="reference")
+    y = switch_glu(x, weights, indices)
     _, hidden, width, *_ = weights.layout
     want = oracle.switch_glu(x, weights, indices)
     assert_close(y, want, "switch_glu", dtype=dtype or x.dtype, reductions=(hidden, width))
@@ -38,6 +39,7 @@ def check(x: mx.array, weights: ExpertWeights, indices: mx.array, dtype: mx.Dtyp
 # -- formats and activations -------------------------------------------------------------------------------
 
 
+@every_backend
 @dtypes
 @pytest.mark.parametrize("format_", FORMATS, ids=lambda format_: format_.name)
 def test_formats(
@@ -51,6 +53,7 @@ def test_formats(
     )
 
 
+@every_backend
 @dtypes
 @pytest.mark.parametrize(
     "names",
@@ -77,6 +80,7 @@ def test_each_projection_has_its_own_format(
     check(floats(3, HIDDEN, dtype=dtype), weights, any_experts(rng, 3, 2, experts=5), dtype)
 
 
+@every_backend
 @dtypes
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
@@ -95,6 +99,7 @@ def test_activations(
 # -- shapes ------------------------------------------------------------------------------------------------
 
 
+@every_backend
 @dataclass(frozen=True)
 class Case:
     why: str
@@ -159,12 +164,13 @@ def test_shapes(
     assert y.shape == (case.tokens, case.top_k, 32)
 
     routing = Routing(indices, mx.softmax(floats(case.tokens, case.top_k), axis=-1))
-    combined = experts(x, weights, routing, backend="reference")
+    combined = experts(x, weights, routing)
     assert (combined.shape, combined.dtype) == ((case.tokens, 32), dtype)
     want = oracle.experts(x, weights, *routing)
     assert_close(combined, want, "experts", reductions=(32, 64), top_k=case.top_k)
 
 
+@every_backend
 @storage
 def test_leading_dimensions_are_tokens(
     dtype: mx.Dtype, name: str, floats: Floats, expert_weights: MakeExperts, rng: np.random.Generator
@@ -178,6 +184,7 @@ def test_leading_dimensions_are_tokens(
         assert routed.shape == (*lead, 32)
 
 
+@every_backend
 @storage
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_strided_input(
@@ -195,6 +202,7 @@ def test_strided_input(
     check(mx.broadcast_to(floats(32, dtype=dtype), (tokens, 32)), weights, indices)
 
 
+@every_backend
 @dtypes
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_transposed_stacks(dtype: mx.Dtype, tokens: int, floats: Floats, rng: np.random.Generator) -> None:
@@ -204,6 +212,7 @@ def test_transposed_stacks(dtype: mx.Dtype, tokens: int, floats: Floats, rng: np
     check(floats(tokens, 32, dtype=dtype), weights, any_experts(rng, tokens, 2, experts=4))
 
 
+@every_backend
 @pytest.mark.parametrize("kind", [mx.uint32, mx.int32, mx.int64, mx.uint8], ids=str)
 def test_any_integers_are_indices(
     kind: mx.Dtype, floats: Floats, expert_weights: MakeExperts, rng: np.random.Generator
@@ -214,7 +223,7 @@ def test_any_integers_are_indices(
         check(x[:tokens], weights, indices.astype(kind))
 
 
-@pytest.mark.usefixtures("cpu")
+@pytest.mark.usefixtures("cpu", "reference")
 def test_blocks_in_many_chunks(
     floats: Floats, expert_weights: MakeExperts, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +237,7 @@ def test_blocks_in_many_chunks(
 # -- combine -----------------------------------------------------------------------------------------------
 
 
+@every_backend
 @dtypes
 @pytest.mark.parametrize("of_weights", DTYPES, ids=str)
 @pytest.mark.parametrize("combine_dtype", [None, mx.float32])
@@ -242,7 +252,7 @@ def test_combine_dtypes(
     """Weights in a dtype of their own; the result always has that of the outputs."""
     weights, x = expert_weights(8, 32, 64, dtype=dtype), floats(9, 32, dtype=dtype)
     routing = Routing(any_experts(rng, 9, 6, experts=8), mx.softmax(floats(9, 6), axis=-1).astype(of_weights))
-    y = experts(x, weights, routing, combine_dtype=combine_dtype, backend="reference")
+    y = experts(x, weights, routing, combine_dtype=combine_dtype)
     assert y.dtype == dtype
     assert_close(y, oracle.experts(x, weights, *routing), "experts", reductions=(32, 64), top_k=6)
 

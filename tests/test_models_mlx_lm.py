@@ -186,6 +186,7 @@ def test_saved_models_load_again(case: Case, bits: int | None, tmp_path: Path) -
     model, config = ours(case.config), dict(case.config)
     if bits is not None:
         model, config = quantize_model(model, config, group_size=64, bits=bits)
+        model.eval()  # the layers that quantization makes begin in training
     save_model(tmp_path, model)
     save_config(config, tmp_path / "config.json")
     loaded, _ = load_model(tmp_path, get_model_classes=get_classes)

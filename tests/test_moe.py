@@ -15,6 +15,8 @@ from formats import DTYPES
 from moefast import Activation, QuantSpec, RouterSpec, experts, moe, route
 from moefast.testing import assert_close, routing_bound
 
+every_backend = pytest.mark.usefixtures("backend")
+
 EXPERTS, TOP_K, HIDDEN, WIDTH, TOKENS = 16, 4, 32, 64, 9
 
 
@@ -23,13 +25,14 @@ def check(
 ) -> mx.array:
     routed = oracle.route(logits, spec, options.get("selection_bias"), options.get("expert_scale"))
     assert (routed.margin > routing_bound(spec, logits.dtype).gap).all(), "the seed gives a near-tie"
-    y = moe(x, logits, spec, weights, combine_dtype=combine_dtype, backend="reference", **options)
+    y = moe(x, logits, spec, weights, combine_dtype=combine_dtype, **options)
     assert y.shape == x.shape
     want = oracle.moe(x, logits, spec, weights, **options)
     assert_close(y, want, "moe", dtype=x.dtype, reductions=(HIDDEN, WIDTH), top_k=spec.top_k)
     return y
 
 
+@every_backend
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_families(family: Family, floats: Floats, expert_weights: MakeExperts) -> None:
     groups = {"num_groups": 4, "top_groups": 2} if family.groups else {}
@@ -48,6 +51,7 @@ def test_families(family: Family, floats: Floats, expert_weights: MakeExperts) -
 SPEC = RouterSpec(num_experts=EXPERTS, top_k=TOP_K, score_dtype="float32", renormalize=True)
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("output_gate", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("quant", [None, QuantSpec(group_size=32)], ids=str)
@@ -64,6 +68,7 @@ def test_shared_expert(
     check(floats(TOKENS, HIDDEN, dtype=dtype), floats(TOKENS, EXPERTS), SPEC, weights, shared=shared)
 
 
+@every_backend
 def test_scale_of_the_output_leaves_the_shared_expert(
     floats: Floats, expert_weights: MakeExperts, shared_expert: MakeShared
 ) -> None:
@@ -73,6 +78,7 @@ def test_scale_of_the_output_leaves_the_shared_expert(
     check(x, logits, spec, expert_weights(EXPERTS, HIDDEN, WIDTH), shared=shared_expert(HIDDEN, WIDTH))
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identity_experts(dtype: mx.Dtype, floats: Floats, expert_weights: MakeExperts) -> None:
     """LongCat: the last 6 of 16 experts have no weights; some tokens choose several, some none."""
@@ -86,6 +92,7 @@ def test_identity_experts(dtype: mx.Dtype, floats: Floats, expert_weights: MakeE
     assert y.dtype == dtype
 
 
+@every_backend
 def test_experts_without_a_gate(floats: Floats, expert_weights: MakeExperts) -> None:
     weights = expert_weights(EXPERTS, HIDDEN, WIDTH, activation=Activation(name="relu2"), bias=True)
     check(floats(TOKENS, HIDDEN), floats(TOKENS, EXPERTS), SPEC, weights)
@@ -101,6 +108,7 @@ def test_leading_dimensions(lead: tuple[int, ...], floats: Floats, expert_weight
     np.testing.assert_array_equal(np.array(y), np.array(parts))
 
 
+@every_backend
 def test_dense_and_sparse_extremes(floats: Floats, expert_weights: MakeExperts) -> None:
     """top_k = num_experts, and a single expert, whose renormalised weight is 1."""
     for num_experts in (4, 1):
@@ -109,6 +117,7 @@ def test_dense_and_sparse_extremes(floats: Floats, expert_weights: MakeExperts) 
         check(floats(TOKENS, HIDDEN), floats(TOKENS, num_experts), spec, weights)
 
 
+@every_backend
 def test_gradients_reach_logits_and_input(
     floats: Floats, expert_weights: MakeExperts, shared_expert: MakeShared
 ) -> None:
@@ -119,7 +128,7 @@ def test_gradients_reach_logits_and_input(
     x, logits, slopes = floats(3, 4), floats(3, 8), floats(3, 4)
 
     def cost(x: mx.array, logits: mx.array) -> mx.array:
-        return (moe(x, logits, spec, weights, shared=shared, backend="reference") * slopes).sum()
+        return (moe(x, logits, spec, weights, shared=shared) * slopes).sum()
 
     def true_cost(x: Any, logits: Any) -> float:
         return float((oracle.moe(x, logits, spec, weights, shared=shared) * np.array(slopes)).sum())

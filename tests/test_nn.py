@@ -78,7 +78,9 @@ def test_quantize_with_the_modes_own_numbers(mode: str) -> None:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("tokens", [2, 100])
 @pytest.mark.parametrize("index", [8, 100_000, -1])
-def test_a_route_to_no_expert_contributes_nothing(dtype: mx.Dtype, tokens: int, index: int) -> None:
+def test_in_the_reference_a_route_to_no_expert_contributes_nothing(
+    dtype: mx.Dtype, tokens: int, index: int
+) -> None:
     def stack(out: int, into: int) -> Projection:
         return Projection((mx.random.normal((8, out, into)) * 0.1).astype(dtype))
 
@@ -87,8 +89,8 @@ def test_a_route_to_no_expert_contributes_nothing(dtype: mx.Dtype, tokens: int, 
     x = mx.random.normal((tokens, HIDDEN)).astype(dtype)
     good = mx.random.randint(0, 8, (tokens, 2))
     bad = mx.concatenate([good[:, :1], mx.full((tokens, 1), index, mx.int32)], axis=-1)
-    y = switch_glu(x, weights, bad)
-    assert mx.array_equal(y[:, 0], switch_glu(x, weights, good)[:, 0])
+    y = switch_glu(x, weights, bad, backend="reference")
+    assert mx.array_equal(y[:, 0], switch_glu(x, weights, good, backend="reference")[:, 0])
     assert not y[:, 1].any()
 
 

@@ -13,16 +13,18 @@ from moefast import Projection, quantized_matmul
 from moefast.testing import assert_close, float64
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_backend = pytest.mark.usefixtures("backend")
 
 
 def check(x: mx.array, weight: Projection) -> mx.array:
-    y = quantized_matmul(x, weight, backend="reference")
+    y = quantized_matmul(x, weight)
     assert_close(
         y, oracle.project(float64(x), weight), "quantized_matmul", dtype=x.dtype, reductions=(x.shape[-1],)
     )
     return y
 
 
+@every_backend
 @dtypes
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 @pytest.mark.parametrize("format_", FORMATS, ids=lambda format_: format_.name)
@@ -34,6 +36,7 @@ def test_formats(
         assert y.dtype == dtype
 
 
+@every_backend
 @pytest.mark.parametrize("format_", FORMATS[:4], ids=lambda format_: format_.name)
 @pytest.mark.parametrize("lead", [(), (0,), (1,), (7,), (130,), (2, 3), (2, 0)], ids=str)
 def test_leading_dimensions(
@@ -43,6 +46,7 @@ def test_leading_dimensions(
     assert y.shape == (*lead, 48)
 
 
+@every_backend
 @dtypes
 def test_strided_input(dtype: mx.Dtype, floats: Floats, projection: MakeProjection) -> None:
     weight = projection(48, 64, quant=FORMATS[4].quant, dtype=dtype)
@@ -50,6 +54,7 @@ def test_strided_input(dtype: mx.Dtype, floats: Floats, projection: MakeProjecti
     check(floats(5, 128, dtype=dtype)[:, ::2], weight)
 
 
+@every_backend
 @pytest.mark.parametrize("format_", [FORMATS[0], FORMATS[9]], ids=lambda format_: format_.name)
 def test_gradient_of_the_input(format_: Format, floats: Floats, projection: MakeProjection) -> None:
     weight, x, slopes = (
@@ -57,19 +62,18 @@ def test_gradient_of_the_input(format_: Format, floats: Floats, projection: Make
         floats(2, 128),
         floats(2, 32),
     )
-    got = mx.grad(lambda x: (quantized_matmul(x, weight, backend="reference") * slopes).sum())(x)
+    got = mx.grad(lambda x: (quantized_matmul(x, weight) * slopes).sum())(x)
     want = float64(slopes) @ oracle.dequantize(weight)
     assert_close(got, want, "quantized_matmul", reductions=(32,), gradient=True)
 
 
+@every_backend
 def test_compiled_for_two_shapes(floats: Floats, projection: MakeProjection) -> None:
     weight = projection(48, 64, quant=FORMATS[4].quant, bias=True)
-    compiled = mx.compile(lambda x: quantized_matmul(x, weight, backend="reference"))
+    compiled = mx.compile(lambda x: quantized_matmul(x, weight))
     for tokens in (1, 5):
         x = floats(tokens, 64)
-        np.testing.assert_array_equal(
-            np.array(compiled(x)), np.array(quantized_matmul(x, weight, backend="reference"))
-        )
+        np.testing.assert_array_equal(np.array(compiled(x)), np.array(quantized_matmul(x, weight)))
 
 
 @pytest.mark.parametrize(

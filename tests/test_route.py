@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
+from conftest import BACKENDS
 from factories import Floats
 from families import FAMILIES, Family
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 families = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_backend = pytest.mark.usefixtures("backend")
 
 
 def of_family(family: Family, dtype: mx.Dtype, experts: int = 64, top_k: int = 8) -> RouterSpec:
@@ -30,6 +32,7 @@ def of_family(family: Family, dtype: mx.Dtype, experts: int = 64, top_k: int = 8
 # -- values ------------------------------------------------------------------------------------------------
 
 
+@every_backend
 @dtypes
 @families
 def test_routes_like_the_oracle(family: Family, dtype: mx.Dtype, floats: Floats) -> None:
@@ -37,11 +40,12 @@ def test_routes_like_the_oracle(family: Family, dtype: mx.Dtype, floats: Floats)
     logits = floats(150, 64, dtype=mx.float32 if family.float32_logits else dtype)
     bias = floats(64, scale=0.1) if family.bias else None
     scale = 1 + mx.abs(floats(64, dtype=dtype)) if family.expert_scale else None
-    got = route(logits, spec, selection_bias=bias, expert_scale=scale, backend="reference")
+    got = route(logits, spec, selection_bias=bias, expert_scale=scale)
     want = oracle.route(logits, spec, bias, scale)
     assert assert_same_routing(got, want[:2], spec, logits.dtype, margin=want.margin) > 0
 
 
+@every_backend
 @dtypes
 @families
 def test_equal_keys_are_settled_by_index(family: Family, dtype: mx.Dtype, rng: np.random.Generator) -> None:
@@ -52,27 +56,31 @@ def test_equal_keys_are_settled_by_index(family: Family, dtype: mx.Dtype, rng: n
     for _ in range(10):
         # From -5/4 to 1/4, so that kept keys go below the 0 of dropped groups.
         bias = mx.array(rng.integers(-7, 0, 64).astype(np.float32) / 4) if family.bias else None
-        got = route(logits, spec, selection_bias=bias, backend="reference")
+        got = route(logits, spec, selection_bias=bias)
         assert_same_routing(got, oracle.route(logits, spec, bias)[:2], spec, logits.dtype)
 
 
+@every_backend
 @pytest.mark.parametrize("ties", ["lowest", "highest"])
 def test_selected_logits_need_no_margin(ties: str, floats: Floats) -> None:
     """A router whose keys are the logits themselves computes nothing before it chooses."""
     spec = RouterSpec(num_experts=64, top_k=8, score_over="selected", ties=ties)
     logits = floats(200, 64, dtype=mx.bfloat16)  # 8 bits of mantissa: a twentieth of the tokens tie
-    got = route(logits, spec, backend="reference")
+    got = route(logits, spec)
     assert_same_routing(got, oracle.route(logits, spec)[:2], spec, mx.bfloat16)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
 @given(spec=router_specs(), seed=st.integers(0, 2**32 - 1), few=st.booleans(), biased=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_any_spec_routes_like_the_oracle(spec: RouterSpec, seed: int, few: bool, biased: bool) -> None:
+def test_any_spec_routes_like_the_oracle(
+    name: str, spec: RouterSpec, seed: int, few: bool, biased: bool
+) -> None:
     rng = np.random.default_rng(seed)
     shape = (6, spec.num_experts)
     logits = mx.array((rng.integers(-2, 3, shape) if few else rng.standard_normal(shape)).astype(np.float32))
     bias = mx.array(rng.standard_normal(spec.num_experts).astype(np.float32) / 4) if biased else None
-    got = route(logits, spec, selection_bias=bias, backend="reference")
+    got = route(logits, spec, selection_bias=bias, backend=name)
     indices = np.sort(np.array(got.indices), axis=-1)
     assert (indices < spec.num_experts).all()
     assert (np.diff(indices.astype(int), axis=-1) > 0).all(), "an expert was chosen twice"
@@ -83,6 +91,7 @@ def test_any_spec_routes_like_the_oracle(spec: RouterSpec, seed: int, few: bool,
         assert_same_routing(got, want[:2], spec, mx.float32, margin=want.margin)
 
 
+@every_backend
 @pytest.mark.parametrize("eps_form", ["add", "max"])
 @pytest.mark.parametrize("eps", [0.5, 4.0], ids=["below the sum", "above the sum"])
 def test_renormalization_is_guarded(eps_form: str, eps: float, floats: Floats) -> None:
@@ -92,13 +101,14 @@ def test_renormalization_is_guarded(eps_form: str, eps: float, floats: Floats) -
     )
     logits = floats(9, 16)
     want = oracle.route(logits, spec)
-    got = route(logits, spec, backend="reference")
+    got = route(logits, spec)
     assert_same_routing(got, want[:2], spec, mx.float32, margin=want.margin)
 
 
 # -- derivatives -------------------------------------------------------------------------------------------
 
 
+@every_backend
 @families
 def test_weights_have_the_oracles_gradient(family: Family, floats: Floats) -> None:
     spec = of_family(family, mx.float32, experts=16, top_k=4)
@@ -108,7 +118,7 @@ def test_weights_have_the_oracles_gradient(family: Family, floats: Floats) -> No
     by_expert = floats(16)  # a cost per expert makes the sum independent of the order of the choice
 
     def cost(logits: mx.array) -> mx.array:
-        routing = route(logits, spec, selection_bias=bias, expert_scale=scale, backend="reference")
+        routing = route(logits, spec, selection_bias=bias, expert_scale=scale)
         return (routing.weights * by_expert[routing.indices]).sum()
 
     def true_cost(logits: oracle.Float64) -> float:
@@ -118,6 +128,7 @@ def test_weights_have_the_oracles_gradient(family: Family, floats: Floats) -> No
     assert_close(mx.grad(cost)(logits), oracle.gradient(true_cost, logits), "route", gradient=True)
 
 
+@every_backend
 def test_choice_has_no_gradient(floats: Floats) -> None:
     """The selection bias selects, it does not weigh; and indices are constants to a derivative."""
     spec = RouterSpec(
@@ -126,7 +137,7 @@ def test_choice_has_no_gradient(floats: Floats) -> None:
     logits, values = floats(5, 16), floats(16)
 
     def cost(bias: mx.array) -> mx.array:
-        routing = route(logits, spec, selection_bias=bias, backend="reference")
+        routing = route(logits, spec, selection_bias=bias)
         return (routing.weights * values[routing.indices]).sum()
 
     assert not np.array(mx.grad(cost)(floats(16))).any()
@@ -135,13 +146,14 @@ def test_choice_has_no_gradient(floats: Floats) -> None:
 # -- compiled ----------------------------------------------------------------------------------------------
 
 
+@every_backend
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen2_moe", "granitemoe", "dbrx"])
 def test_inside_compile(family: str, floats: Floats) -> None:
     spec = of_family({f.name: f for f in FAMILIES}[family], mx.float32)
     bias = floats(64, scale=0.1)
 
     def plain(logits: mx.array) -> tuple[mx.array, mx.array]:
-        return route(logits, spec, selection_bias=bias, backend="reference")
+        return route(logits, spec, selection_bias=bias)
 
     compiled = mx.compile(plain)
     for tokens in (3, 5):  # the second shape traces again
@@ -156,6 +168,7 @@ def test_inside_compile(family: str, floats: Floats) -> None:
 SPEC = RouterSpec(num_experts=16, top_k=4, score="sigmoid", num_groups=4, top_groups=2, renormalize=True)
 
 
+@every_backend
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (0, 5, 16)])
 def test_no_tokens(shape: tuple[int, ...]) -> None:
     routing = route(mx.zeros(shape), SPEC)
@@ -164,6 +177,7 @@ def test_no_tokens(shape: tuple[int, ...]) -> None:
     assert routing.indices.dtype == mx.uint32
 
 
+@every_backend
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16), (2, 1, 3, 16)])
 def test_leading_dimensions_are_tokens(shape: tuple[int, ...], floats: Floats) -> None:
     logits = floats(*shape)
@@ -173,6 +187,7 @@ def test_leading_dimensions_are_tokens(shape: tuple[int, ...], floats: Floats) -
         np.testing.assert_array_equal(np.array(mine).reshape(-1, 4), np.array(theirs))
 
 
+@every_backend
 def test_strided_logits(floats: Floats) -> None:
     wide = floats(16, 12)
     sliced, copied = wide.T[::2], mx.array(np.ascontiguousarray(np.array(wide).T[::2]))
@@ -180,6 +195,7 @@ def test_strided_logits(floats: Floats) -> None:
         np.testing.assert_array_equal(np.array(mine), np.array(theirs))
 
 
+@every_backend
 @families
 def test_nan_rows_choose_real_experts(family: Family, floats: Floats) -> None:
     """All NaN, or one: indices stay in range and distinct, and the other tokens are not touched."""

@@ -7,9 +7,10 @@ from contextvars import Token
 from types import TracebackType
 
 from ..registry import Registry
+from .native import NATIVE
 from .reference import REFERENCE
 
-registry = Registry((REFERENCE,))
+registry = Registry((NATIVE, REFERENCE))
 
 
 def backends() -> Mapping[str, str | None]:

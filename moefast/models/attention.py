@@ -10,7 +10,9 @@ import mlx.nn as mlx_nn
 from mlx.nn.layers.distributed import shard_linear, sum_gradients
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from .. import ops
 from ..errors import refuse
+from ..nn.recall import training_backend
 from ..nn.sharding import check_split
 
 Norm = Callable[[mx.array], mx.array]
@@ -82,6 +84,12 @@ class Attention(mlx_nn.Module):
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
+        plain = mask is None or (isinstance(mask, str) and mask == "causal")
+        if plain and not hasattr(cache, "bits"):  # which a quantized cache has
+            backend = training_backend(self)
+            return ops.attention(
+                queries, keys, values, scale=self.scale, causal=mask is not None, backend=backend
+            )
         y: mx.array = scaled_dot_product_attention(
             queries,
             keys,

@@ -11,19 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn
 
-from .. import ops
-from .projection import projection_of
-
-
-def _product(layer: mlx.nn.Module, x: mx.array) -> mx.array:
-    projection = projection_of(layer)
-    assert projection is not None
-    return ops.quantized_matmul(x, projection, backend=training_backend(layer))
-
-
-def training_backend(layer: mlx.nn.Module) -> str:
-    """In training the reference runs outright: its gradients are MLX's own."""
-    return "reference" if layer.training else "auto"
+from .recall import product
 
 
 class Linear(mlx.nn.Linear):
@@ -31,7 +19,7 @@ class Linear(mlx.nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: ``[..., in]`` -> ``[..., out]``."""
-        return _product(self, x)
+        return product(self, x)
 
     def to_quantized(
         self,
@@ -52,7 +40,7 @@ class QuantizedLinear(mlx.nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: ``[..., in]`` -> ``[..., out]``."""
-        return _product(self, x)
+        return product(self, x)
 
 
 class Embedding(mlx.nn.Embedding):
@@ -60,7 +48,7 @@ class Embedding(mlx.nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The head. x: ``[..., dims]`` -> ``[..., num_embeddings]``."""
-        return _product(self, x)
+        return product(self, x)
 
     def to_quantized(
         self,
@@ -80,4 +68,4 @@ class QuantizedEmbedding(mlx.nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The head. x: ``[..., dims]`` -> ``[..., num_embeddings]``."""
-        return _product(self, x)
+        return product(self, x)

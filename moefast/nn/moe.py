@@ -9,12 +9,16 @@ import mlx.nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from .. import ops
+from ..backends import registry
 from ..backends.reference.experts import combine, identity_share
 from ..errors import refuse
+from ..ops.moe import choose
+from ..registry import Choice
 from ..specs import Activation, RouterSpec
 from ..weights import SharedExpert
-from .linear import Linear, training_backend
+from .linear import Linear
 from .mlp import MLP
+from .recall import Recall, training_backend
 from .router import Router
 from .sharding import check_split, split_width
 from .switch import SwitchGLU
@@ -73,6 +77,7 @@ class MoE(mlx.nn.Module):
         self.names = names
         self.combine_dtype = combine_dtype
         self.sharding_group: mx.distributed.Group | None = None
+        self._recall: Recall | None = None
         stacked = spec.num_experts - spec.identity_experts
         setattr(self, names.router, router if router is not None else Router(spec, hidden))
         setattr(self, names.experts, SwitchGLU(hidden, width, stacked, activation, bias))
@@ -95,11 +100,14 @@ class MoE(mlx.nn.Module):
             summed = sum_gradients(group)
             return self._sharded(x, summed(x), summed(logits), bias, group)
 
+        y = self._recalled(x, logits, bias)
+        if y is not None:
+            return y
         weights = self[self.names.experts].expert_weights()
         shared = self._shared_expert()
         if weights is None or (self._has_shared and shared is None):
             return self._layer_by_layer(x, x, logits, bias)
-        return ops.moe(
+        choice = choose(
             x,
             logits,
             self.spec,
@@ -109,6 +117,54 @@ class MoE(mlx.nn.Module):
             combine_dtype=self.combine_dtype,
             backend=training_backend(self),
         )
+        self._remember(choice, x)
+        in_full: mx.array = choice.run(x, logits, self.spec, weights, bias, None, shared, self.combine_dtype)
+        return in_full
+
+    def _recalled(self, x: mx.array, logits: mx.array, bias: mx.array | None) -> mx.array | None:
+        """The kernel of the last call, or None where this call is of another kind."""
+        own = self.__dict__
+        recall = own.get("_recall")
+        if recall is None or own["_training"] or registry.default != recall.default:
+            return None
+        names = own["names"]
+        experts = self[names.experts]
+        shared = self[names.shared] if own["_has_shared"] else None
+        spec, combine_dtype, activation, kind, shared_activation, shared_kind = recall.facts
+        if (
+            own["spec"] is not spec
+            or own["combine_dtype"] is not combine_dtype
+            or type(experts) is not kind
+            or experts.__dict__["activation"] is not activation
+            or type(shared) is not shared_kind
+            or (shared is not None and shared.__dict__["activation"] is not shared_activation)
+        ):
+            return None
+        gate = self[names.shared_gate] if own["_has_shared_gate"] else None
+        y: mx.array | None = recall.of_layers(
+            x, logits, bias, experts, shared, gate, recall.types, recall.low, recall.high
+        )
+        return y
+
+    def _remember(self, choice: Choice, x: mx.array) -> None:
+        experts = self[self.names.experts]
+        if choice.of_layers is None or self.training or type(experts) is not SwitchGLU:
+            self._recall = None
+            return
+        networks = [experts, self[self.names.shared]] if self._has_shared else [experts]
+        layers = [network[name] for network in networks for name in ("gate_proj", "up_proj", "down_proj")]
+        if self._has_shared_gate:
+            layers.append(self[self.names.shared_gate])
+        shared = networks[1:]
+        facts = (
+            self.spec,
+            self.combine_dtype,
+            experts.activation,
+            type(experts),
+            shared[0].activation if shared else None,
+            type(shared[0]) if shared else type(None),
+        )
+        self._recall = Recall(choice, x, tuple(type(layer) for layer in layers), facts)
 
     def check_shard(self, group: mx.distributed.Group) -> None:
         """Raise ValueError where :meth:`shard` would."""
@@ -157,9 +213,15 @@ class MoE(mlx.nn.Module):
         """
         backend = training_backend(self)
         routing = ops.route(logits, self.spec, selection_bias=bias, backend=backend)
-        y = combine(self[self.names.experts](expert_x, routing.indices), routing.weights, self.combine_dtype)
-        if self.spec.identity_experts:
+        experts = self[self.names.experts]
+        if not self.spec.identity_experts:
+            y = combine(experts(expert_x, routing.indices), routing.weights, self.combine_dtype)
+        else:
             stacked = self.spec.num_experts - self.spec.identity_experts
+            real = routing.indices < stacked  # of the others there is no weight to multiply with
+            apart = experts(expert_x, mx.where(real, routing.indices, 0))
+            apart = mx.where(real[..., None], apart, mx.array(0, apart.dtype))
+            y = combine(apart, routing.weights, self.combine_dtype)
             y = y + identity_share(expert_x, routing, stacked).astype(y.dtype)
         if self.spec.scale_place == "output":
             y = y * self.spec.scale

@@ -9,7 +9,13 @@ from .. import ops
 from ..errors import refuse
 from ..routing import Routing
 from ..specs import RouterSpec
-from .linear import Linear, training_backend
+from ..weights import Projection
+from .linear import Linear
+from .recall import product, training_backend
+
+
+def _own_weight(router: mlx.nn.Module) -> Projection:
+    return Projection(router["weight"])
 
 
 class Router(mlx.nn.Module):
@@ -61,7 +67,7 @@ class Router(mlx.nn.Module):
     def logits(self, x: mx.array) -> mx.array:
         """x: ``[..., hidden]`` -> ``[..., num_experts]``."""
         if self._linear is None:
-            return x @ self.weight.T
+            return product(self, x, _own_weight)
         y: mx.array = self[self._linear](x)
         return y
 

@@ -15,8 +15,8 @@ from ..backends.reference.matmul import gathered
 from ..errors import refuse
 from ..specs import MODE_DEFAULTS, Activation
 from ..weights import ExpertWeights, Projection
-from .linear import training_backend
 from .projection import projection_of
+from .recall import training_backend
 
 
 class _Stack(mlx.nn.Module):

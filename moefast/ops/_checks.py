@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..errors import refuse
-from ..weights import FLOATS, Form, Shape
+from ..weights import FLOATS, Form, Shape, dtype_name
 
 _INTEGERS = (mx.uint32, mx.int32, mx.uint16, mx.int16, mx.uint8, mx.int8, mx.int64, mx.uint64)
 
@@ -46,5 +46,5 @@ def check_combine_dtype(op: str, dtype: mx.Dtype | None) -> None:
 
 
 def dtype_of(form: Form) -> str | None:
-    """The dtype of an optional array as a string: an mx.Dtype cannot be compared with None."""
-    return None if form is None else str(form[1])
+    """The dtype of an optional array by name: an mx.Dtype cannot be compared with None."""
+    return None if form is None else dtype_name(form[1])

@@ -10,7 +10,7 @@ from ..backends import registry
 from ..errors import refuse
 from ..registry import Problem, device_name, phase_of
 from ..routing import Routing
-from ..weights import ExpertLayout, ExpertWeights, Shape, form_of
+from ..weights import ExpertLayout, ExpertWeights, Shape, dtype_name, form_of
 from ._checks import check_combine_dtype, check_indices, check_rows, check_type, dtype_of
 
 
@@ -99,5 +99,5 @@ def _problem(
         if route_weights[0] != indices[0]:
             refuse(op, f"routing.weights must be shaped like routing.indices {indices[0]}", route_weights[0])
     check_combine_dtype(op, combine_dtype)
-    details = (layout, indices[0][-1], dtype_of(route_weights), combine_dtype and str(combine_dtype))
+    details = (layout, indices[0][-1], dtype_of(route_weights), combine_dtype and dtype_name(combine_dtype))
     return Problem(op, device, dtype, phase_of(shape), details)

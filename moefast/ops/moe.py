@@ -8,9 +8,18 @@ import mlx.core as mx
 
 from ..backends import registry
 from ..errors import refuse
-from ..registry import Problem, device_name, phase_of
+from ..registry import Choice, Problem, device_name, phase_of
 from ..specs import RouterSpec
-from ..weights import ExpertLayout, ExpertWeights, Form, Shape, SharedExpert, SharedLayout, form_of
+from ..weights import (
+    ExpertLayout,
+    ExpertWeights,
+    Form,
+    Shape,
+    SharedExpert,
+    SharedLayout,
+    dtype_name,
+    form_of,
+)
 from ._checks import check_combine_dtype, check_rows, check_type, check_vector, dtype_of
 
 
@@ -44,6 +53,34 @@ def moe(
     Raises:
         ValueError: a shape or dtype breaks a rule, or the named backend cannot run this.
     """
+    choice = choose(
+        x,
+        logits,
+        spec,
+        weights,
+        selection_bias=selection_bias,
+        expert_scale=expert_scale,
+        shared=shared,
+        combine_dtype=combine_dtype,
+        backend=backend,
+    )
+    y: mx.array = choice.run(x, logits, spec, weights, selection_bias, expert_scale, shared, combine_dtype)
+    return y
+
+
+def choose(
+    x: mx.array,
+    logits: mx.array,
+    spec: RouterSpec,
+    weights: ExpertWeights,
+    *,
+    selection_bias: mx.array | None = None,
+    expert_scale: mx.array | None = None,
+    shared: SharedExpert | None = None,
+    combine_dtype: mx.Dtype | None = None,
+    backend: str = "auto",
+) -> Choice:
+    """What :func:`moe` runs; checks its arguments."""
     check_type("moe", "x", x, mx.array)
     check_type("moe", "logits", logits, mx.array)
     check_type("moe", "spec", spec, RouterSpec)
@@ -63,10 +100,7 @@ def moe(
         combine_dtype,
         device_name(),
     )
-    y: mx.array = registry.choose(problem, backend).run(
-        x, logits, spec, weights, selection_bias, expert_scale, shared, combine_dtype
-    )
-    return y
+    return registry.choose(problem, backend)
 
 
 @lru_cache(maxsize=4096)
@@ -106,9 +140,9 @@ def _problem(
         spec,
         layout,
         shared,
-        str(logits_dtype),
+        dtype_name(logits_dtype),
         dtype_of(bias),
         dtype_of(expert_scale),
-        combine_dtype and str(combine_dtype),
+        combine_dtype and dtype_name(combine_dtype),
     )
     return Problem("moe", device, dtype, phase_of(shape), details)

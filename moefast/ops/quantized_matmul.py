@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..backends import registry
 from ..errors import refuse
-from ..registry import Problem, device_name, phase_of
+from ..registry import Choice, Problem, device_name, phase_of
 from ..weights import Layout, Projection, Shape
 from ._checks import check_rows, check_type
 
@@ -30,11 +30,15 @@ def quantized_matmul(x: mx.array, weight: Projection, *, backend: str = "auto") 
     Raises:
         ValueError: a shape or dtype breaks a rule, or the named backend cannot run this.
     """
+    y: mx.array = choose(x, weight, backend).run(x, weight)
+    return y
+
+
+def choose(x: mx.array, weight: Projection, backend: str = "auto") -> Choice:
+    """What :func:`quantized_matmul` runs; checks its arguments."""
     check_type("quantized_matmul", "x", x, mx.array)
     check_type("quantized_matmul", "weight", weight, Projection)
-    problem = _problem(x.shape, x.dtype, weight.layout, device_name())
-    y: mx.array = registry.choose(problem, backend).run(x, weight)
-    return y
+    return registry.choose(_problem(x.shape, x.dtype, weight.layout, device_name()), backend)
 
 
 @lru_cache(maxsize=4096)

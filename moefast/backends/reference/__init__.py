@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...registry import Backend, Kernel
+from .attention import attention
 from .experts import experts, moe, switch_glu
 from .matmul import dense
 from .route import route
@@ -15,5 +16,6 @@ REFERENCE = Backend(
         "experts": Kernel(experts),
         "moe": Kernel(moe),
         "quantized_matmul": Kernel(dense),
+        "attention": Kernel(attention),
     },
 )

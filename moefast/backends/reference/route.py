@@ -43,20 +43,44 @@ def route(
         Indices ``[..., top_k]`` uint32 and weights ``[..., top_k]``, in the order that
         ``mx.argpartition`` gives on this device: mlx-lm's own order, bit for bit.
     """
-    dtype = logits.dtype
+    source, key = _source_and_key(logits, spec, selection_bias)
+    indices = _top_k(key, spec)
+    return Routing(indices, _weigh(source, indices, logits.dtype, spec, expert_scale))
+
+
+def weigh(
+    logits: mx.array,
+    spec: RouterSpec,
+    selection_bias: mx.array | None,
+    expert_scale: mx.array | None,
+    indices: mx.array,
+) -> mx.array:
+    """The weights of experts that have been chosen already, ``[..., top_k]`` in the order of ``indices``:
+    what a backend with an order of its own differentiates."""
+    source, _ = _source_and_key(logits, spec, selection_bias)
+    return _weigh(source, mx.stop_gradient(indices), logits.dtype, spec, expert_scale)
+
+
+def _source_and_key(
+    logits: mx.array, spec: RouterSpec, selection_bias: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """What weights are taken from, and what experts are chosen by."""
     if spec.score_over == "selected":
         logits = _transform(logits, spec)
-        indices = _top_k(_biased(logits, selection_bias, spec), spec)
-        chosen = mx.take_along_axis(logits, indices, axis=-1)
-        weights = _score(_cast(chosen, spec.score_dtype), spec)
-    else:
-        scores = _score(_transform(_cast(logits, spec.score_dtype), spec), spec)
-        key = _biased(scores, selection_bias, spec)
-        if spec.drops_groups:
-            key = keep_top_groups(key, spec)
-        indices = _top_k(key, spec)
-        source = key if spec.weights_from == "masked" else scores
-        weights = mx.take_along_axis(source, indices, axis=-1)
+        return logits, _biased(logits, selection_bias, spec)
+    scores = _score(_transform(_cast(logits, spec.score_dtype), spec), spec)
+    key = _biased(scores, selection_bias, spec)
+    if spec.drops_groups:
+        key = keep_top_groups(key, spec)
+    return (key if spec.weights_from == "masked" else scores), key
+
+
+def _weigh(
+    source: mx.array, indices: mx.array, logits: mx.Dtype, spec: RouterSpec, expert_scale: mx.array | None
+) -> mx.array:
+    weights = mx.take_along_axis(source, indices, axis=-1)
+    if spec.score_over == "selected":
+        weights = _score(_cast(weights, spec.score_dtype), spec)
     if spec.renormalize:
         weights = weights / _denominator(weights, spec)
     if expert_scale is not None:
@@ -64,8 +88,8 @@ def route(
     if spec.scale != 1.0 and spec.scale_place == "weights":
         weights = weights * spec.scale
     if spec.weight_dtype is not None:
-        weights = weights.astype(dtype if spec.weight_dtype == "logits" else getattr(mx, spec.weight_dtype))
-    return Routing(indices, weights)
+        weights = weights.astype(logits if spec.weight_dtype == "logits" else getattr(mx, spec.weight_dtype))
+    return weights
 
 
 def keep_top_groups(key: mx.array, spec: RouterSpec) -> mx.array:

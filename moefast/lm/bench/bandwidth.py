@@ -1,4 +1,5 @@
-"""How fast memory is here, measured: what a decode step that reads every weight once is held against."""
+"""What this machine can do at most, measured: how fast it reads memory, which bounds a decode step that reads
+every weight once, and how fast it multiplies, which bounds a prefill."""
 
 from __future__ import annotations
 
@@ -6,11 +7,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from ...env import settings
 from ...registry import device_name
 from .machine import cores
 
@@ -36,7 +38,7 @@ class Bandwidth(NamedTuple):
 
 def measure_bandwidth(size: int = _BYTES, *, clock: Callable[[], float] = time.perf_counter) -> Bandwidth:
     """The best of a few runs over arrays of ``size`` bytes: on a GPU by MLX, on a CPU by NumPy with one
-    thread, two, and one per core."""
+    thread, two, and one per core, and by the native kernels' own reading loop where they are built."""
     if device_name() == "gpu":
         return Bandwidth({"copy, GPU": _best(_gpu_copy(size), 2 * size, clock)})
     source = np.ones(size // 8, np.uint64)
@@ -56,7 +58,32 @@ def measure_bandwidth(size: int = _BYTES, *, clock: Callable[[], float] = time.p
 
             figures[f"copy, {name}"] = _best(copy, 2 * size, clock)
             figures[f"read, {name}"] = _best(read, size, clock)
+    engine = _engine()
+    if engine is not None:
+        for threads in sorted({1, engine.threads}):
+            name = "1 thread" if threads == 1 else f"{threads} threads"
+            figures[f"read, native, {name}"] = engine.measure_read(threads, size // threads) / 1e9
     return Bandwidth(figures)
+
+
+def measure_peak() -> dict[str, float]:
+    """TFLOP/s (10^12) of the fastest multiply-adds of the native kernels' instruction set, by what was done;
+    empty where they are not built or MLX computes on a GPU."""
+    engine = None if device_name() == "gpu" else _engine()
+    if engine is None:
+        return {}
+    return {
+        f"{engine.isa}, {threads} thread{'s' * (threads > 1)}": engine.measure_flops(threads) / 1e12
+        for threads in sorted({1, engine.threads})
+    }
+
+
+def _engine() -> Any:
+    try:
+        from ... import _kernels
+    except ImportError:
+        return None
+    return _kernels.Engine(threads=settings.threads, isa=settings.isa)
 
 
 def _gpu_copy(size: int) -> Callable[[], None]:

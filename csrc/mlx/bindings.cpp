@@ -1,0 +1,211 @@
+// moefast._native: the kernels as MLX operations. Plans are made once for each kind of call, by
+// moefast/backends/native; the calls then cost little more than MLX's own operations.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "attention.h"
+#include "call.h"
+#include "layers.h"
+#include "primitive.h"
+#include "reading.h"
+
+using namespace nanobind::literals;
+
+namespace moefast::binding {
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+// A plan as Python sees it. Its methods are the operations.
+//
+// Those called ..._of take layers instead of arrays, and answer None where the call is not of the
+// kind that the plan is for any more: another number of tokens than low..high, dtype, layer,
+// device.
+class Operator {
+ public:
+  explicit Operator(std::shared_ptr<const Plan> plan) : plan_(std::move(plan)) {}
+
+  mx::array matmul(const mx::array& x, const Weights& weights) const { return one({x}, weights); }
+
+  mx::array switch_glu(const mx::array& x, const mx::array& indices, const Weights& weights) const {
+    return one({x, indices}, weights);
+  }
+
+  mx::array experts(const mx::array& x,
+                    const mx::array& indices,
+                    const mx::array& mix,
+                    const Weights& weights) const {
+    return one({x, indices, mix}, weights);
+  }
+
+  nb::tuple route(const mx::array& logits, nb::handle bias, nb::handle scale) const {
+    auto inputs = start({logits});
+    add(inputs, bias);
+    add(inputs, scale);
+    auto outputs = apply(plan_, std::move(inputs));
+    // Whatever is made of a choice has no derivative by what it was made from.
+    return nb::make_tuple(mx::stop_gradient(outputs[0]), outputs[1]);
+  }
+
+  mx::array moe(const mx::array& x,
+                const mx::array& logits,
+                nb::handle bias,
+                nb::handle scale,
+                const Weights& weights,
+                const Weights* shared) const {
+    auto inputs = start({x, logits});
+    add(inputs, bias);
+    add(inputs, scale);
+    weights.append_to(inputs);
+    if (shared != nullptr) {
+      shared->append_to(inputs);
+    }
+    return apply(plan_, std::move(inputs))[0];
+  }
+
+  nb::object matmul_of(
+      const mx::array& x, nb::handle layer, nb::handle type, size_t low, size_t high) const {
+    auto inputs = start({x});
+    if (!still_fits(x, low, high) || !append_layer(layer, type, *plan_->weight, inputs)) {
+      return nb::none();
+    }
+    return if_fitting(std::move(inputs));
+  }
+
+  // `types` of the projections of experts, of shared, and of shared_gate, as far as they are there.
+  nb::object moe_of(const mx::array& x,
+                    const mx::array& logits,
+                    nb::handle bias,
+                    nb::handle experts,
+                    nb::handle shared,
+                    nb::handle shared_gate,
+                    const nb::tuple& types,
+                    size_t low,
+                    size_t high) const {
+    auto inputs = start({x, logits});
+    add(inputs, bias);
+    const auto& plan = *plan_;
+    if (!still_fits(x, low, high) || !append_layers(experts, types, 0, *plan.experts, inputs) ||
+        (plan.shared && !append_layers(shared, types, 3, *plan.shared, inputs)) ||
+        (plan.shared_gate &&
+         !append_layer(shared_gate, types[types.size() - 1], *plan.shared_gate, inputs))) {
+      return nb::none();
+    }
+    return if_fitting(std::move(inputs));
+  }
+
+ private:
+  Arrays start(std::initializer_list<mx::array> own) const {
+    Arrays inputs;
+    inputs.reserve(static_cast<size_t>(plan_->num_inputs));
+    inputs.insert(inputs.end(), own);
+    return inputs;
+  }
+
+  static void add(Arrays& inputs, nb::handle array) {
+    if (!array.is_none()) {
+      inputs.push_back(nb::cast<const mx::array&>(array));
+    }
+  }
+
+  mx::array one(std::initializer_list<mx::array> own, const Weights& weights) const {
+    auto inputs = start(own);
+    weights.append_to(inputs);
+    return apply(plan_, std::move(inputs))[0];
+  }
+
+  static bool still_fits(const mx::array& x, size_t low, size_t high) {
+    const size_t dims = x.ndim() > 0 ? static_cast<size_t>(x.shape(-1)) : 0;
+    return dims > 0 && low * dims <= x.size() && x.size() / dims <= high &&
+           mx::default_device() == mx::Device::cpu;
+  }
+
+  nb::object if_fitting(Arrays inputs) const {
+    try {
+      return nb::cast(apply(plan_, std::move(inputs))[0]);
+    } catch (const std::invalid_argument&) {
+      return nb::none();
+    }
+  }
+
+  std::shared_ptr<const Plan> plan_;
+};
+
+Operator plan(std::string op,
+              std::vector<std::optional<std::string>> dtypes,
+              nb::object spec,
+              nb::object layout,
+              nb::object shared,
+              nb::object shared_gate,
+              std::optional<std::string> combine_dtype,
+              std::string out_dtype,
+              nb::callable reference) {
+  return Operator(plan_of({.op = std::move(op),
+                           .dtypes = std::move(dtypes),
+                           .spec = std::move(spec),
+                           .layout = std::move(layout),
+                           .shared = std::move(shared),
+                           .shared_gate = std::move(shared_gate),
+                           .combine_dtype = std::move(combine_dtype),
+                           .out_dtype = std::move(out_dtype),
+                           .reference = std::move(reference)}));
+}
+
+std::vector<std::string> isas() {
+  const char* names[16];
+  const size_t count = moefast_isas(names, 16);
+  return {names, names + std::min<size_t>(count, 16)};
+}
+
+// What MLX raises as RuntimeError, because it was thrown on a stream's thread, becomes what it was.
+void translate(const std::exception_ptr& error, void*) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::runtime_error& known) {
+    const int status = failed_with(known.what());
+    if (status == MOEFAST_OK) {
+      throw;
+    }
+    PyErr_SetString(status == MOEFAST_OUT_OF_MEMORY ? PyExc_MemoryError : PyExc_ValueError,
+                    known.what());
+  }
+}
+
+}  // namespace
+}  // namespace moefast::binding
+
+NB_MODULE(_native, m) {
+  using namespace moefast::binding;
+  const auto none = nb::none();
+
+  m.doc() = "moefast's CPU kernels as MLX operations; see moefast/backends/native.";
+  m.attr("built_for_mlx") = MOEFAST_BUILT_FOR_MLX;
+  nb::register_exception_translator(translate);
+
+  nb::class_<Weights>(m, "Weights").def(nb::init<std::vector<nb::object>>(), "arrays"_a);
+  nb::class_<Operator>(m, "Operator")
+      .def("matmul", &Operator::matmul)
+      .def("switch_glu", &Operator::switch_glu)
+      .def("experts", &Operator::experts)
+      .def("route", &Operator::route, "logits"_a, "bias"_a.none(), "scale"_a.none())
+      .def("moe", &Operator::moe, "x"_a, "logits"_a, "bias"_a.none(), "scale"_a.none(), "weights"_a,
+           "shared"_a.none())
+      .def("matmul_of", &Operator::matmul_of)
+      .def("moe_of", &Operator::moe_of, "x"_a, "logits"_a, "bias"_a.none(), "experts"_a,
+           "shared"_a.none(), "shared_gate"_a.none(), "types"_a, "low"_a, "high"_a);
+
+  m.def("plan", &plan, "op"_a, "dtypes"_a, nb::kw_only(), "spec"_a = none, "layout"_a = none,
+        "shared"_a = none, "shared_gate"_a = none, "combine_dtype"_a = none, "out_dtype"_a,
+        "reference"_a);
+
+  m.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a);
+
+  m.def("configure", &configure, "threads"_a, "isa"_a);
+  m.def("isas", &isas);
+  m.def("usable_cores", &moefast_usable_cores);
+  m.def("engine_threads", [] { return moefast_engine_threads(engine()); });
+  m.def("engine_isa", [] { return std::string(moefast_engine_isa(engine())); });
+}

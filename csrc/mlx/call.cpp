@@ -1,0 +1,371 @@
+#include "call.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <mutex>
+
+#include "spec.h"
+
+namespace moefast::binding {
+namespace {
+
+struct Settings {
+  std::mutex mutex;
+  int threads = 0;
+  std::string isa;
+  moefast_engine* engine = nullptr;
+};
+
+Settings& settings() {
+  static auto* const settings = new Settings;  // outlives every thread
+  return *settings;
+}
+
+// What was thrown last on streams' threads, oldest first.
+struct Failures {
+  std::mutex mutex;
+  std::deque<std::pair<std::string, int>> recent;
+};
+
+Failures& failures() {
+  static auto* const failures = new Failures;
+  return *failures;
+}
+
+[[noreturn]] void fail(int status, const std::string& text) {
+  constexpr size_t kRemembered = 64;
+  {
+    auto& known = failures();
+    const std::lock_guard<std::mutex> lock(known.mutex);
+    known.recent.emplace_back(text, status);
+    if (known.recent.size() > kRemembered) {
+      known.recent.pop_front();
+    }
+  }
+  throw std::runtime_error(text);
+}
+
+View view_of(const mx::array& array) {
+  return {array.data<char>(), array.shape(), array.strides(), array.dtype()};
+}
+
+// Calls visit(offset in elements) for each element, in row-major order.
+template <class Visit>
+void each(const View& view, size_t dim, int64_t offset, Visit&& visit) {
+  if (dim == view.shape.size()) {
+    visit(offset);
+    return;
+  }
+  for (int64_t i = 0; i < view.shape[dim]; ++i) {
+    each(view, dim + 1, offset + i * view.strides[dim], visit);
+  }
+}
+
+template <class Element>
+void copy_as(const Copy& copy) {
+  const auto* from = reinterpret_cast<const Element*>(copy.from.data);
+  auto* to = reinterpret_cast<Element*>(copy.to);
+  each(copy.from, 0, 0, [&](int64_t offset) { *to++ = from[offset]; });
+}
+
+void make(const Copy& copy) {
+  switch (copy.from.dtype.size()) {
+    case 1:
+      return copy_as<uint8_t>(copy);
+    case 2:
+      return copy_as<uint16_t>(copy);
+    default:
+      return copy_as<uint32_t>(copy);
+  }
+}
+
+template <class Integer>
+std::vector<int32_t> read_as(const Plan& plan, const View& view) {
+  const auto* from = reinterpret_cast<const Integer*>(view.data);
+  const int64_t num_experts = plan.experts->up.form.num_experts;
+  std::vector<int32_t> indices;
+  each(view, 0, 0, [&](int64_t offset) {
+    const Integer index = from[offset];
+    if (index < Integer{0} || static_cast<uint64_t>(index) >= static_cast<uint64_t>(num_experts)) {
+      fail(MOEFAST_BAD_VALUE, "[" + plan.name + "] indices must be in 0.." +
+                                  std::to_string(num_experts - 1) + ", got " +
+                                  std::to_string(index) + ".");
+    }
+    indices.push_back(static_cast<int32_t>(index));
+  });
+  return indices;
+}
+
+// In the width they come in: a cast could wrap around into the range.
+std::vector<int32_t> read_indices(const Plan& plan, const View& view) {
+  switch (view.dtype.val()) {
+    case mx::Dtype::Val::uint8:
+      return read_as<uint8_t>(plan, view);
+    case mx::Dtype::Val::int8:
+      return read_as<int8_t>(plan, view);
+    case mx::Dtype::Val::uint16:
+      return read_as<uint16_t>(plan, view);
+    case mx::Dtype::Val::int16:
+      return read_as<int16_t>(plan, view);
+    case mx::Dtype::Val::uint32:
+      return read_as<uint32_t>(plan, view);
+    case mx::Dtype::Val::int32:
+      return read_as<int32_t>(plan, view);
+    case mx::Dtype::Val::uint64:
+      return read_as<uint64_t>(plan, view);
+    default:
+      return read_as<int64_t>(plan, view);
+  }
+}
+
+class Builder {
+ public:
+  Builder(const std::vector<mx::array>& inputs, std::vector<mx::array>& temporaries, Call& call)
+      : inputs_(inputs), temporaries_(temporaries), call_(call) {}
+
+  moefast_rows rows(int index) {
+    if (index < 0) {
+      return {};
+    }
+    const mx::array& array = inputs_[index];
+    const int64_t dims = array.shape(-1);
+    const int32_t dtype = float_dtype(array.dtype());
+    const int64_t count = static_cast<int64_t>(array.size()) / dims;
+    int64_t stride = dims;
+    if (evenly_spaced(array, stride)) {
+      return {array.data<void>(), dtype, count, dims, stride};
+    }
+    return {copied(array), dtype, count, dims, dims};
+  }
+
+  moefast_vector vector(int index) {
+    if (index < 0) {
+      return {nullptr, MOEFAST_FLOAT32};
+    }
+    return {contiguous(index), float_dtype(inputs_[index].dtype())};
+  }
+
+  moefast_projection projection(const Weight& weight) {
+    moefast_projection p = weight.form;
+    p.weight = contiguous(weight.weight);
+    p.scales = contiguous(weight.scales);
+    p.biases = contiguous(weight.biases);
+    p.bias = contiguous(weight.bias);
+    p.global_scale = static_cast<const float*>(contiguous(weight.global_scale));
+    return p;
+  }
+
+ private:
+  const void* contiguous(int index) {
+    if (index < 0) {
+      return nullptr;
+    }
+    const mx::array& array = inputs_[index];
+    return array.flags().row_contiguous ? array.data<void>() : copied(array);
+  }
+
+  const void* copied(const mx::array& array) {
+    mx::array copy(array.shape(), array.dtype(), nullptr, {});
+    copy.set_data(mx::allocator::malloc(copy.nbytes()));
+    call_.copies.push_back({view_of(array), copy.data<char>()});
+    temporaries_.push_back(copy);
+    return copy.data<void>();
+  }
+
+  // Whether values within a row are neighbours and rows a constant `stride` apart.
+  static bool evenly_spaced(const mx::array& array, int64_t& stride) {
+    const int last = static_cast<int>(array.ndim()) - 1;
+    if (array.shape(last) > 1 && array.strides(last) != 1) {
+      return false;
+    }
+    int64_t rows = 1;
+    for (int i = last - 1; i >= 0; --i) {  // each step is as long as all the rows within it
+      if (array.shape(i) == 1) {
+        continue;
+      }
+      if (rows == 1) {
+        stride = array.strides(i);
+      } else if (array.strides(i) != stride * rows) {
+        return false;
+      }
+      rows *= array.shape(i);
+    }
+    return stride >= 0;
+  }
+
+  const std::vector<mx::array>& inputs_;
+  std::vector<mx::array>& temporaries_;
+  Call& call_;
+};
+
+// The networks of a call: descriptors pointing at the call's weights.
+struct Networks {
+  explicit Networks(const Call& call) : next(call.weights) {
+    const Plan& plan = *call.plan;
+    if (plan.weight) {
+      weight = next++;
+    }
+    if (plan.experts) {
+      experts = take(*plan.experts);
+    }
+    if (plan.shared) {
+      shared = take(*plan.shared);
+    }
+    if (plan.shared_gate) {
+      shared_gate = next++;
+    }
+  }
+
+  moefast_ffn take(const Network& network) {
+    moefast_ffn ffn{};
+    ffn.gate = network.gate ? next++ : nullptr;
+    ffn.up = next++;
+    ffn.down = next++;
+    ffn.activation = network.activation;
+    return ffn;
+  }
+
+  const moefast_projection* next;
+  const moefast_projection* weight = nullptr;
+  const moefast_projection* shared_gate = nullptr;
+  moefast_ffn experts{};
+  moefast_ffn shared{};
+};
+
+int dispatch(const Call& call) {
+  const Plan& plan = *call.plan;
+  const Networks networks(call);
+  std::vector<int32_t> indices;
+  if (plan.indices >= 0) {
+    indices = read_indices(plan, call.indices);
+  }
+  auto* const on = engine();
+  switch (plan.op) {
+    case Op::kMatmul:
+      return moefast_matmul(on, &call.x, networks.weight, call.out, plan.out_dtype);
+    case Op::kSwitchGlu:
+      return moefast_switch_glu(on, &call.x, &networks.experts, indices.data(), call.top_k,
+                                call.out, plan.out_dtype);
+    case Op::kExperts:
+      return moefast_experts(on, &call.x, &networks.experts, indices.data(), &call.mix, call.top_k,
+                             call.out, plan.out_dtype);
+    case Op::kRoute:
+      return moefast_route(on, &call.logits, &plan.router, &call.selection_bias, &call.expert_scale,
+                           static_cast<uint32_t*>(call.out), call.out_weights, plan.out_dtype);
+    default:
+      return moefast_moe(on, &call.x, &call.logits, &plan.router, &call.selection_bias,
+                         &call.expert_scale, &networks.experts,
+                         plan.shared ? &networks.shared : nullptr, networks.shared_gate,
+                         plan.combine_dtype, call.out, plan.out_dtype);
+  }
+}
+
+void void_output(const Call& call) {
+  void* const floats = call.out_weights != nullptr ? call.out_weights : call.out;
+  if (call.out_weights != nullptr) {
+    std::memset(call.out, 0, static_cast<size_t>(call.out_size) * sizeof(uint32_t));
+  }
+  switch (call.plan->out_dtype) {
+    case MOEFAST_FLOAT32:
+      std::fill_n(static_cast<uint32_t*>(floats), call.out_size, uint32_t{0x7fc00000});
+      break;
+    case MOEFAST_FLOAT16:
+      std::fill_n(static_cast<uint16_t*>(floats), call.out_size, uint16_t{0x7e00});
+      break;
+    default:
+      std::fill_n(static_cast<uint16_t*>(floats), call.out_size, uint16_t{0x7fc0});
+  }
+}
+
+}  // namespace
+
+Call make_call(std::shared_ptr<const Plan> plan,
+               const std::vector<mx::array>& inputs,
+               const std::vector<mx::array>& outputs,
+               std::vector<mx::array>& temporaries) {
+  Call call;
+  Builder builder(inputs, temporaries, call);
+  call.x = builder.rows(plan->x);
+  call.logits = builder.rows(plan->logits);
+  if (plan->indices >= 0) {
+    call.indices = view_of(inputs[plan->indices]);
+    call.top_k = inputs[plan->indices].shape(-1);
+  }
+  call.mix = builder.vector(plan->mix);
+  call.selection_bias = builder.vector(plan->selection_bias);
+  call.expert_scale = builder.vector(plan->expert_scale);
+  auto* next = call.weights;
+  const auto add = [&](const std::optional<Weight>& weight) {
+    if (weight) {
+      *next++ = builder.projection(*weight);
+    }
+  };
+  add(plan->weight);
+  for (const auto* network : {&plan->experts, &plan->shared}) {
+    if (*network) {
+      add((*network)->gate);
+      add((*network)->up);
+      add((*network)->down);
+    }
+  }
+  add(plan->shared_gate);
+  call.out = const_cast<char*>(outputs[0].data<char>());
+  call.out_size = static_cast<int64_t>(outputs[0].size());
+  if (outputs.size() > 1) {
+    call.out_weights = const_cast<char*>(outputs[1].data<char>());
+  }
+  call.plan = std::move(plan);
+  return call;
+}
+
+void run(const Call& call) {
+  try {
+    std::for_each(call.copies.begin(), call.copies.end(), make);
+    throw_if_failed(dispatch(call));
+  } catch (...) {
+    void_output(call);
+    throw;
+  }
+}
+
+void throw_if_failed(int status) {
+  if (status != MOEFAST_OK) {
+    fail(status, moefast_error());
+  }
+}
+
+int failed_with(const char* text) {
+  auto& known = failures();
+  const std::lock_guard<std::mutex> lock(known.mutex);
+  for (const auto& [message, status] : known.recent) {
+    if (message == text) {
+      return status;
+    }
+  }
+  return MOEFAST_OK;
+}
+
+void configure(int threads, std::string isa) {
+  auto& s = settings();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.engine != nullptr && (threads != s.threads || isa != s.isa)) {
+    refuse("engine", "threads and isa must be set before the first use", "an engine in use");
+  }
+  s.threads = threads;
+  s.isa = std::move(isa);
+}
+
+moefast_engine* engine() {
+  auto& s = settings();
+  const std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.engine == nullptr) {
+    const int status = moefast_engine_create(s.threads, s.isa.c_str(), &s.engine);
+    if (status != MOEFAST_OK) {
+      fail(status, moefast_error());
+    }
+  }
+  return s.engine;
+}
+
+}  // namespace moefast::binding

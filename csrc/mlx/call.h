@@ -1,0 +1,71 @@
+// One evaluation: a plan and its arrays as the arguments of a C function.
+#ifndef MOEFAST_MLX_CALL_H
+#define MOEFAST_MLX_CALL_H
+
+#include <memory>
+#include <vector>
+
+#include "plan.h"
+
+namespace moefast::binding {
+
+// An array that is read where it lies, whatever its strides.
+struct View {
+  const char* data = nullptr;
+  mx::Shape shape;
+  mx::Strides strides;  // in elements
+  mx::Dtype dtype = mx::uint8;
+};
+
+// Copies `from` in row-major order.
+struct Copy {
+  View from;
+  char* to;
+};
+
+// Everything the stream's thread needs. Pointers stay valid until it is done: MLX holds inputs,
+// outputs and temporaries for as long.
+struct Call {
+  std::shared_ptr<const Plan> plan;
+  moefast_rows x{};
+  moefast_rows logits{};
+  View indices;
+  int64_t top_k = 0;
+  moefast_vector mix{};
+  moefast_vector selection_bias{};
+  moefast_vector expert_scale{};
+  moefast_projection weights[8]{};  // in the order of the inputs
+  void* out = nullptr;
+  int64_t out_size = 0;         // values
+  void* out_weights = nullptr;  // of a router, whose first output are indices
+  std::vector<Copy> copies;     // to be made first
+};
+
+// Looks at the inputs' memory, not at values, which may not be there yet. Arrays that lie in a way
+// the kernels cannot read get a row-major copy, appended to `temporaries`.
+Call make_call(std::shared_ptr<const Plan> plan,
+               const std::vector<mx::array>& inputs,
+               const std::vector<mx::array>& outputs,
+               std::vector<mx::array>& temporaries);
+
+// Does the work, on the stream's thread. Throws std::runtime_error, see failed_with(); floats of
+// the output are NaN then. MLX takes an array for evaluated once its evaluation was tried: whoever
+// reads it in spite of the exception (numpy.asarray does: it asks the array twice) must not find
+// plausible numbers.
+void run(const Call& call);
+
+// MLX keeps only the text of what is thrown on a stream's thread, and raises it as RuntimeError.
+// Whether the text is one of ours, and then the status it stands for.
+int failed_with(const char* text);
+
+// Throws what moefast_error() says, as run() does. To be called on a stream's thread.
+void throw_if_failed(int status);
+
+// The process's engine is made at its first use, so that importing starts no threads, and never
+// destroyed: at exit, threads of MLX may still be in it.
+void configure(int threads, std::string isa);
+moefast_engine* engine();
+
+}  // namespace moefast::binding
+
+#endif

@@ -1,0 +1,80 @@
+"""MLX operations on moefast's CPU kernels (``csrc/mlx``), for ``moefast.backends.native``."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from .specs import RouterSpec
+from .weights import ExpertLayout, Layout
+
+built_for_mlx: str
+"""The MLX it was built for; it runs with no other."""
+
+class Weights:
+    """The arrays of weights, in the order of a plan. It holds the Python objects: a change in place shows."""
+
+    def __init__(self, arrays: Sequence[mx.array]) -> None: ...
+
+class Operator:
+    """An operation for one kind of call. Shapes and dtypes other than those it was made for raise ValueError;
+    indices out of range do when they are evaluated."""
+
+    def matmul(self, x: mx.array, weights: Weights, /) -> mx.array: ...
+    def switch_glu(self, x: mx.array, indices: mx.array, weights: Weights, /) -> mx.array: ...
+    def experts(self, x: mx.array, indices: mx.array, mix: mx.array, weights: Weights, /) -> mx.array: ...
+    def route(
+        self, logits: mx.array, bias: mx.array | None, scale: mx.array | None
+    ) -> tuple[mx.array, mx.array]: ...
+    def moe(
+        self,
+        x: mx.array,
+        logits: mx.array,
+        bias: mx.array | None,
+        scale: mx.array | None,
+        weights: Weights,
+        shared: Weights | None,
+    ) -> mx.array: ...
+    # See moefast.registry.Bound.
+    def matmul_of(
+        self, x: mx.array, layer: object, type: type, low: int, high: int, /
+    ) -> mx.array | None: ...
+    def moe_of(
+        self,
+        x: mx.array,
+        logits: mx.array,
+        bias: mx.array | None,
+        experts: object,
+        shared: object | None,
+        shared_gate: object | None,
+        types: tuple[type, ...],
+        low: int,
+        high: int,
+    ) -> mx.array | None: ...
+
+def plan(
+    op: str,
+    dtypes: Sequence[str | None],
+    *,
+    spec: RouterSpec | None = None,
+    layout: Layout | ExpertLayout | None = None,
+    shared: ExpertLayout | None = None,
+    shared_gate: Layout | None = None,
+    combine_dtype: str | None = None,
+    out_dtype: str,
+    reference: Callable[[list[mx.array]], list[mx.array]],
+) -> Operator:
+    """Make an operation, for as long as the process lives. ``dtypes`` are those of its own arrays, None for
+    one that is not there; see ``csrc/mlx/reading.h``."""
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
+    """See :func:`moefast.ops.attention`."""
+
+def configure(threads: int, isa: str) -> None:
+    """Settings of the engine; ValueError once it runs with others."""
+
+def engine_isa() -> str: ...
+def engine_threads() -> int: ...
+def isas() -> list[str]:
+    """Instruction sets that this build has and this machine runs, best first."""
+
+def usable_cores() -> int: ...

@@ -1,0 +1,32 @@
+"""The CPU kernels of ``csrc/cpu``, as MLX operations.
+
+Two bindings of the same kernels: ``moefast._native`` makes them MLX primitives: lazy, differentiable,
+traceable. It is tied to the very MLX it was built for. Under another MLX, ``moefast._kernels`` runs them on
+NumPy views of evaluated arrays (:mod:`.through_numpy`): correct, slower for small work, not traceable by
+``mx.compile``.
+
+===============  ================================================
+:mod:`.loading`  which of the two can be used here, and why not
+:mod:`.dtypes`   the dtype of each operation's output
+:mod:`.refusals` what the kernels do not take
+:mod:`.plans`    from a problem to a callable
+:mod:`.flat`     arrays in a row, and the reference on them
+===============  ================================================
+"""
+
+from __future__ import annotations
+
+from ...registry import Backend, BoundKernel
+from .loading import describe, probe
+from .plans import bind
+from .refusals import why_not
+
+OPERATIONS = ("route", "switch_glu", "experts", "moe", "quantized_matmul", "attention")
+
+NATIVE = Backend(
+    name="native",
+    kernels={op: BoundKernel(bind, why_not) for op in OPERATIONS},
+    probe=probe,
+)
+
+__all__ = ["NATIVE", "describe"]

@@ -1,0 +1,148 @@
+"""The arrays of a call as a flat list, and the reference on that list.
+
+The order is that of ``csrc/mlx/plan.h``: the operation's own arrays as far as they are there, then those of
+the weights, projection by projection (gate, up, down; then the shared expert's, and its output gate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from ...routing import Routing
+from ...weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert, SharedLayout
+from ..reference import REFERENCE
+from ..reference.route import weigh
+
+Reference = Callable[[list[mx.array]], list[mx.array]]
+
+# What an array is to a derivative.
+DIFFERENTIABLE, CONSTANT = "differentiable", "constant"
+
+
+def present(*arrays: mx.array | None) -> list[mx.array]:
+    """Those that are not None."""
+    return [array for array in arrays if array is not None]
+
+
+def rounded(mix: mx.array, combine_dtype: mx.Dtype | None) -> mx.array:
+    """Routing weights in the dtype they multiply with; to float32 they need no cast."""
+    return mix if combine_dtype is None or combine_dtype == mx.float32 else mix.astype(combine_dtype)
+
+
+def multiplied(mix: str, combine_dtype: str | None) -> str:
+    """The dtype of :func:`rounded` weights."""
+    return mix if combine_dtype in (None, "float32") else combine_dtype
+
+
+def arrays_of(weights: ExpertWeights | SharedExpert | Projection) -> list[mx.array]:
+    """The arrays of weights."""
+    if isinstance(weights, Projection):
+        return present(*weights.arrays)
+    parts = [weights.gate, weights.up, weights.down]
+    if isinstance(weights, SharedExpert):
+        parts.append(weights.output_gate)
+    return [array for part in parts if part is not None for array in arrays_of(part)]
+
+
+def roles(op: str, details: tuple[Any, ...]) -> list[str]:
+    """Of each array of a call. Indices are constant, and so are the parts of a quantized weight: MLX has no
+    derivative by a packed weight either."""
+    if op == "quantized_matmul":
+        return [DIFFERENTIABLE, *_roles(details[0])]
+    if op == "route":
+        return [DIFFERENTIABLE] * (1 + len(present(*details[1:])))
+    if op == "moe":
+        _, layout, shared, _, bias, scale, _ = details
+        own = [DIFFERENTIABLE] * (2 + len(present(bias, scale)))
+        others = [] if shared is None else [*_roles_of_experts(shared.layout), *_roles(shared.output_gate)]
+        return [*own, *_roles_of_experts(layout), *others]
+    own = [DIFFERENTIABLE, CONSTANT] + [DIFFERENTIABLE] * (op == "experts")
+    return [*own, *_roles_of_experts(details[0])]
+
+
+def _roles(layout: Layout | None) -> list[str]:
+    if layout is None:
+        return []
+    parts = 1 if layout.quant is None else 3 if layout.quant.mode == "affine" else 2
+    weight = [DIFFERENTIABLE if layout.quant is None else CONSTANT] * parts
+    return [*weight, *[DIFFERENTIABLE] * (layout.bias is not None), *[CONSTANT] * layout.global_scale]
+
+
+def _roles_of_experts(layout: ExpertLayout) -> list[str]:
+    return [role for part in (layout.gate, layout.up, layout.down) for role in _roles(part)]
+
+
+def reference_of(op: str, details: tuple[Any, ...]) -> Reference:
+    """The reference implementation of a problem on the flat list of its arrays.
+
+    Of ``route``, whose order is each backend's own, it is the weights of given indices: ``[*arrays, indices]
+    -> [weights]``."""
+    if op == "route":
+
+        def weights(arrays: list[mx.array]) -> list[mx.array]:
+            rest = iter(arrays)
+            logits, spec, bias, scale = _arguments(op, details, rest)
+            return [weigh(logits, spec, bias, scale, next(rest))]
+
+        return weights
+    run = REFERENCE.kernels[op].run
+
+    def again(arrays: list[mx.array]) -> list[mx.array]:
+        return [run(*_arguments(op, details, iter(arrays)))]
+
+    return again
+
+
+def _arguments(op: str, details: tuple[Any, ...], rest: Iterator[mx.array]) -> tuple[Any, ...]:
+    first = next(rest)
+    if op == "quantized_matmul":
+        return first, _projection(details[0], rest)
+    if op == "route":
+        spec, bias, scale = details
+        return first, spec, _optional(bias, rest), _optional(scale, rest)
+    if op == "moe":
+        spec, layout, shared, _, bias, scale, combine_dtype = details
+        logits, bias, scale = next(rest), _optional(bias, rest), _optional(scale, rest)
+        weights = _experts(layout, rest)
+        others = None if shared is None else _shared_expert(shared, rest)
+        return first, logits, spec, weights, bias, scale, others, _dtype(combine_dtype)
+    indices = next(rest)
+    if op == "switch_glu":
+        return first, _experts(details[0], rest), indices
+    mix = next(rest)
+    return first, _experts(details[0], rest), Routing(indices, mix), _dtype(details[3])
+
+
+def _optional(dtype: str | None, rest: Iterator[mx.array]) -> mx.array | None:
+    return None if dtype is None else next(rest)
+
+
+def _dtype(name: str | None) -> mx.Dtype | None:
+    return None if name is None else getattr(mx, name)
+
+
+def _projection(layout: Layout, rest: Iterator[mx.array]) -> Projection:
+    quant = layout.quant
+    weight = next(rest)
+    scales = None if quant is None else next(rest)
+    biases = next(rest) if quant is not None and quant.mode == "affine" else None
+    bias = _optional(layout.bias, rest)
+    global_scale = next(rest) if layout.global_scale else None
+    return Projection(weight, scales, biases, bias=bias, global_scale=global_scale, quant=quant)
+
+
+def _experts(layout: ExpertLayout, rest: Iterator[mx.array]) -> ExpertWeights:
+    gate = None if layout.gate is None else _projection(layout.gate, rest)
+    up, down = _projection(layout.up, rest), _projection(layout.down, rest)
+    return ExpertWeights(gate=gate, up=up, down=down, activation=layout.activation)
+
+
+def _shared_expert(layout: SharedLayout, rest: Iterator[mx.array]) -> SharedExpert:
+    own = layout.layout
+    gate = None if own.gate is None else _projection(own.gate, rest)
+    up, down = _projection(own.up, rest), _projection(own.down, rest)
+    output_gate = None if layout.output_gate is None else _projection(layout.output_gate, rest)
+    return SharedExpert(gate=gate, up=up, down=down, activation=own.activation, output_gate=output_gate)

@@ -1,0 +1,64 @@
+"""What the CPU kernels do not take."""
+
+from __future__ import annotations
+
+import struct
+
+from ...registry import Problem
+from ...specs import RouterSpec
+from ...weights import ExpertLayout, Layout, SharedLayout
+from .loading import bindings
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why the kernels cannot run ``problem``, or None."""
+    if problem.device != "cpu":
+        return "its kernels run on a CPU, and MLX's default device is the GPU"
+    if problem.op == "attention" and not bindings().native:
+        return "it runs through NumPy here, which has no attention"
+    for detail in problem.details:
+        if isinstance(detail, RouterSpec):
+            reason = _router(detail)
+        elif isinstance(detail, SharedLayout):
+            reason = _network(detail.layout)
+        elif isinstance(detail, ExpertLayout):
+            reason = _network(detail)
+        else:
+            reason = _projection(detail) if isinstance(detail, Layout) else None
+        if reason is not None:
+            return reason
+    if problem.op in ("switch_glu", "experts") and problem.details[1] == 0:
+        return "top_k=0"
+    return None
+
+
+def _network(layout: ExpertLayout) -> str | None:
+    for projection in (layout.gate, layout.up, layout.down):
+        if projection is not None and (reason := _projection(projection)):
+            return reason
+    return _numbers(layout.activation.parameters())
+
+
+def _projection(layout: Layout) -> str | None:
+    if layout.out_dims == 0 or layout.in_dims == 0:
+        return f"a weight of {layout.out_dims} x {layout.in_dims} values"
+    return None
+
+
+def _router(spec: RouterSpec) -> str | None:
+    names = ("softcap", "temperature", "renormalize_eps", "scale")
+    return _numbers({name: getattr(spec, name) for name in names})
+
+
+def _numbers(values: dict[str, float | None]) -> str | None:
+    """The kernels' numbers are float32; what has no such value is left to the reference."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            (rounded,) = struct.unpack("f", struct.pack("f", value))
+        except OverflowError:
+            return f"{name}={value} is too large for float32"
+        if value > 0 and rounded == 0:
+            return f"{name}={value} is too small for float32"
+    return None

@@ -1,0 +1,193 @@
+"""The kernels on NumPy views of evaluated arrays: what runs where ``moefast._native`` does not fit this MLX.
+
+Eager: it evaluates its inputs. Derivatives are the reference's, through ``mx.custom_function``; under
+``mx.compile`` and ``mx.vmap``, where nothing can be evaluated, it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...env import settings
+from ...errors import refuse
+from ...registry import Problem
+from ...routing import Routing
+from ...specs import RouterSpec
+from ...weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert, dtype_name
+from . import dtypes
+from .flat import DIFFERENTIABLE, arrays_of, present, reference_of, roles, rounded
+from .loading import bindings
+
+Flat = Callable[..., list[mx.array]]
+
+
+@lru_cache(maxsize=1)
+def engine() -> Any:
+    """The process's engine. (Two threads may make two at once: one is dropped.)"""
+    return bindings().kernels.Engine(settings.threads, settings.isa)
+
+
+def bind(problem: Problem) -> Callable[..., Any]:
+    """The callable for a problem, with the signature of the reference's function."""
+    flat = _differentiable(problem)
+
+    def matmul(x: mx.array, weight: Projection) -> mx.array:
+        return flat(x, *arrays_of(weight))[0]
+
+    def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+        return flat(x, indices, *arrays_of(weights))[0]
+
+    def experts(
+        x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
+    ) -> mx.array:
+        mix = rounded(routing.weights, combine_dtype)
+        return flat(x, routing.indices, mix, *arrays_of(weights))[0]
+
+    def route(logits: mx.array, spec: RouterSpec, bias: mx.array | None, scale: mx.array | None) -> Routing:
+        indices, weights = flat(logits, *present(bias, scale))
+        return Routing(mx.stop_gradient(indices), weights)
+
+    def moe(
+        x: mx.array,
+        logits: mx.array,
+        spec: RouterSpec,
+        weights: ExpertWeights,
+        bias: mx.array | None,
+        scale: mx.array | None,
+        shared: SharedExpert | None,
+        combine_dtype: mx.Dtype | None,
+    ) -> mx.array:
+        others = [] if shared is None else arrays_of(shared)
+        return flat(x, logits, *present(bias, scale), *arrays_of(weights), *others)[0]
+
+    of_op: dict[str, Callable[..., Any]] = {
+        "quantized_matmul": matmul,
+        "switch_glu": switch_glu,
+        "experts": experts,
+        "route": route,
+        "moe": moe,
+    }
+    return of_op[problem.op]
+
+
+def _differentiable(problem: Problem) -> Flat:
+    """The kernels on a flat list of arrays, with the reference's derivatives."""
+    again = reference_of(problem.op, problem.details)
+    chosen = [i for i, role in enumerate(roles(problem.op, problem.details)) if role == DIFFERENTIABLE]
+
+    @mx.custom_function
+    def flat(*arrays: mx.array) -> list[mx.array]:
+        return _eager(problem, arrays)
+
+    @flat.vjp
+    def vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        def of_chosen(*some: mx.array) -> list[mx.array]:
+            arrays = list(primals)
+            for i, array in zip(chosen, some, strict=True):
+                arrays[i] = array
+            # Of a router the weights alone: its choice is constant.
+            return again([*arrays, outputs[0]] if problem.op == "route" else arrays)
+
+        _, slopes = mx.vjp(of_chosen, [primals[i] for i in chosen], [cotangents[-1]])
+        found = dict(zip(chosen, slopes, strict=True))
+        return tuple(found[i] if i in found else mx.zeros_like(a) for i, a in enumerate(primals))
+
+    kernels: Flat = flat  # type: ignore[assignment]  # custom_function's call is typed to return object
+    return kernels
+
+
+def _eager(problem: Problem, arrays: tuple[mx.array, ...]) -> list[mx.array]:
+    """Evaluate the inputs and run the kernels."""
+    try:
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        if "during function transformations" not in str(error):
+            raise
+        rule = "backend 'native' must evaluate its inputs where it runs through NumPy (see `moefast doctor`)"
+        refuse(problem.op, f"{rule}: compile and vmap with use_backend('reference')", "a traced array")
+    on, rest = engine(), iter(arrays)
+    dtype = dtype_name(problem.dtype)
+    details: tuple[Any, ...] = problem.details
+    first = _numpy(next(rest))
+    if problem.op == "quantized_matmul":
+        out = dtypes.product(dtype, details[0])
+        return [_mlx(on.matmul(first, _projection(details[0], rest), out_dtype=out), out)]
+    if problem.op == "route":
+        spec, bias, scale = details
+        out = dtypes.route(dtype, spec, bias, scale)
+        vectors = {"selection_bias": _optional(bias, rest), "expert_scale": _optional(scale, rest)}
+        indices, weights = on.route(first, spec, **vectors, weights_dtype=out)
+        return [mx.array(indices), _mlx(weights, out)]
+    if problem.op == "moe":
+        return [_moe(on, first, dtype, details, rest)]
+    indices = np.asarray(next(rest))
+    mix = _numpy(next(rest)) if problem.op == "experts" else None
+    experts, out = _experts(details[0], rest), dtypes.feed_forward(dtype, details[0])
+    if mix is None:
+        return [_mlx(on.switch_glu(first, experts, indices, out_dtype=out), out)]
+    return [_mlx(on.experts(first, experts, indices, np.ascontiguousarray(mix), out_dtype=out), out)]
+
+
+def _moe(on: Any, x: Any, dtype: str, details: tuple[Any, ...], rest: Iterator[mx.array]) -> mx.array:
+    spec, layout, shared, _, bias, scale, combine_dtype = details
+    out = dtypes.moe(dtype, layout, shared)
+    y = on.moe(
+        x,
+        _numpy(next(rest)),
+        spec,
+        selection_bias=_optional(bias, rest),
+        expert_scale=_optional(scale, rest),
+        experts=_experts(layout, rest),
+        shared=None if shared is None else _experts(shared.layout, rest),
+        shared_gate=_projection(shared.output_gate, rest) if shared and shared.output_gate else None,
+        combine_dtype=combine_dtype,
+        out_dtype=out,
+    )
+    return _mlx(y, out)
+
+
+# -- arrays ------------------------------------------------------------------------------------------------
+
+
+def _numpy(array: mx.array) -> Any:
+    """A view of an evaluated array whose rows are contiguous; bfloat16 as uint16."""
+    view = np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+    even = view.ndim <= 2 and (view.shape[-1] == 1 or view.strides[-1] == view.itemsize)
+    return view if even else np.ascontiguousarray(view)
+
+
+def _mlx(array: Any, dtype: str) -> mx.array:
+    made = mx.array(array)
+    return made.view(mx.bfloat16) if dtype == "bfloat16" else made
+
+
+def _contiguous(array: mx.array) -> Any:
+    return np.ascontiguousarray(_numpy(array))
+
+
+def _optional(dtype: str | None, rest: Iterator[mx.array]) -> Any:
+    return None if dtype is None else _contiguous(next(rest))
+
+
+def _projection(layout: Layout, rest: Iterator[mx.array]) -> Any:
+    """The next arrays as the projection they belong to."""
+    quant = layout.quant
+    weight = _contiguous(next(rest))
+    scales = None if quant is None else _contiguous(next(rest))
+    biases = _contiguous(next(rest)) if quant is not None and quant.mode == "affine" else None
+    bias = _optional(layout.bias, rest)
+    global_scale = _contiguous(next(rest)) if layout.global_scale else None
+    make = bindings().kernels.Projection
+    return make(weight, scales, biases, bias=bias, global_scale=global_scale, quant=quant)
+
+
+def _experts(layout: ExpertLayout, rest: Iterator[mx.array]) -> Any:
+    """The next arrays as stacks of experts, or as the shared one."""
+    gate = None if layout.gate is None else _projection(layout.gate, rest)
+    up, down = _projection(layout.up, rest), _projection(layout.down, rest)
+    return bindings().kernels.Ffn(gate=gate, up=up, down=down, activation=layout.activation)
