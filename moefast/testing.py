@@ -119,13 +119,15 @@ def roundings(op: str, top_k: int = 1) -> float:
     ``quantized_matmul``: its result. ``switch_glu``: gate, up, the activation's three steps (sigmoid,
     product, product), down. ``experts``: also the product with the weight, and a sum of ``top_k`` terms,
     half of which are rounded into it on average. ``moe``: the routed and the shared output, their gate
-    and the final sum, and the routing weights themselves.
+    and the final sum, and the routing weights themselves. ``attention``: score, exponential, sum,
+    quotient, product, output.
     """
     combine = 1 + top_k / 2
     counts = {
         "dequantize": 4.0,
         "route": 4.0,
         "quantized_matmul": 1.0,
+        "attention": 6.0,
         "switch_glu": 6.0,
         "experts": 6.0 + combine,
         "moe": 2 * 6.0 + combine + 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -18,6 +19,9 @@ import pytest
 from moefast.paths import kernels_dir
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The kernels are compiled here once more, out of the sdist.
+pytestmark = pytest.mark.timeout(900)
 
 
 class Release(NamedTuple):
@@ -49,9 +53,27 @@ def wheel_names(release: Release) -> set[str]:
         return set(archive.namelist())
 
 
-@pytest.mark.parametrize("name", ["kernels/README.md", "py.typed", "paths.py"])
+@pytest.mark.parametrize("name", ["kernels/README.md", "py.typed", "paths.py", "_build_info.py"])
 def test_wheel_carries(wheel_names: set[str], name: str) -> None:
     assert f"moefast/{name}" in wheel_names
+
+
+@pytest.mark.parametrize("module", ["_native", "_kernels"])
+def test_wheel_carries_the_extensions_that_could_be_built(wheel_names: set[str], module: str) -> None:
+    # This environment's own install was built by the same rules.
+    built = importlib.util.find_spec(f"moefast.{module}") is not None
+    found = [name for name in wheel_names if name.startswith(f"moefast/{module}.") and name.endswith(".so")]
+    assert len(found) == built
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    env = os.environ | {"CXX": str(tmp_path / "no-such-compiler")}
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, ROOT, env=env)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert "no C++ compiler was found" in archive.read("moefast/_build_info.py").decode()
 
 
 def test_wheel_holds_nothing_but_the_package(wheel_names: set[str]) -> None:
