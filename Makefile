@@ -45,7 +45,7 @@ test-all: $(STAMP)  ## run the test suite, slow tests included
 test-asan: $(STAMP)  ## run the C++ tests and the kernels' tests under the address sanitizer
 	$(call sanitized,asan,address$(comma)undefined)
 	$(BIN)/cmake --build build/asan
-	$(BIN)/ctest --test-dir build/asan --output-on-failure --label-exclude speed
+	$(BIN)/ctest --test-dir build/asan/csrc --output-on-failure --label-exclude speed
 	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest tests/test_kernels.py --kernels "$$(echo build/asan/csrc/numpy/_kernels*.so)" $(ARGS)
