@@ -51,7 +51,7 @@ test-asan: $(STAMP)  ## run the C++ tests and the kernels' tests under the addre
 	$(BIN)/python -m pytest tests/test_kernels.py --kernels "$$(echo build/asan/csrc/numpy/_kernels*.so)" $(ARGS)
 
 test-tsan: $(STAMP)  ## run the thread pool's tests under the thread sanitizer
-	$(call sanitized,tsan,thread)
+	$(call sanitized,tsan,thread) -DMOEFAST_PORTABLE=ON
 	$(BIN)/cmake --build build/tsan --target pool_test
 	$(NO_ASLR) build/tsan/csrc/tests/pool_test
 

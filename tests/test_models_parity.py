@@ -26,7 +26,7 @@ from model_builders import (
 from model_cases import CASES, FULL, Case, sizes
 
 from moefast.models.dbrx import unstack_experts
-from moefast.testing import assert_gradients_close, assert_logits_close, error
+from moefast.testing import assert_gradients_close, assert_logits_close, error, float64, logits_bound
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -50,13 +50,25 @@ def generate(model: nn.Module) -> tuple[list[int], mx.array]:
     return text, mx.concatenate(logits, axis=1)
 
 
+@pytest.mark.usefixtures("backend")
 @formats
 @cases
 def test_logits_and_greedy_text(case: Case, bits: int | None) -> None:
     mine, other = pair(case.config, bits=bits)
     (text, logits), (want_text, want_logits) = generate(mine), generate(other)
-    assert text == want_text
-    assert_logits_close(logits, want_logits, **sizes(case.config))
+    alike = PROMPT + agreement(text, want_text, want_logits, sizes(case.config))
+    assert_logits_close(logits[:, :alike], want_logits[:, :alike], **sizes(case.config))
+
+
+def agreement(text: list[int], want: list[int], logits: mx.array, size: dict[str, int]) -> int:
+    """How many tokens agree: all, or those before the first at which the model had no clear favourite. From
+    there on the two texts are different."""
+    for i, (token, expected) in enumerate(zip(text, want, strict=True)):
+        if token != expected:
+            row = np.sort(float64(logits[0, PROMPT - 1 + i]))
+            assert row[-1] - row[-2] < logits_bound(**size).max * np.abs(row).max(), f"token {i} differs"
+            return i
+    return len(text) - 1
 
 
 @cases
@@ -100,6 +112,7 @@ def test_negative_keys_lose_to_dropped_groups(family: str) -> None:
     assert not mx.array_equal(routings[0], excluding[0])
 
 
+@pytest.mark.usefixtures("backend")
 @formats
 @half_dtypes
 @full_cases

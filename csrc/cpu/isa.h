@@ -31,8 +31,8 @@ struct Product {
   // Products of equal layout read each other's prepared rows (of the same group size and length).
   int layout;
   // True: rows are prepared one by one and may be multiplied in any selection.
-  // False: all rows of a product are packed together; `rows` of multiply is then the address of the
-  // pack.
+  // False: all rows of a product are packed together; rows[0] of multiply is then the address of
+  // the pack, and there are no others.
   bool by_row;
 
   // Bytes that `count` prepared rows of `in` values take: a multiple of 64, and for by_row products

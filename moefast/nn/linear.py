@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn
 
+from .projection import plain, quantized
 from .recall import product
 
 
@@ -19,7 +20,7 @@ class Linear(mlx.nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: ``[..., in]`` -> ``[..., out]``."""
-        return product(self, x)
+        return product(self, x, plain)
 
     def to_quantized(
         self,
@@ -40,7 +41,7 @@ class QuantizedLinear(mlx.nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: ``[..., in]`` -> ``[..., out]``."""
-        return product(self, x)
+        return product(self, x, quantized)
 
 
 class Embedding(mlx.nn.Embedding):
@@ -48,7 +49,7 @@ class Embedding(mlx.nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The head. x: ``[..., dims]`` -> ``[..., num_embeddings]``."""
-        return product(self, x)
+        return product(self, x, plain)
 
     def to_quantized(
         self,
@@ -68,4 +69,4 @@ class QuantizedEmbedding(mlx.nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The head. x: ``[..., dims]`` -> ``[..., num_embeddings]``."""
-        return product(self, x)
+        return product(self, x, quantized)

@@ -34,18 +34,26 @@ def _quant_spec(bits: int | None, group_size: int | None, mode: str) -> QuantSpe
     return QuantSpec(bits=bits or default_bits, group_size=group_size or default_group_size, mode=mode)
 
 
+def plain(layer: mlx.nn.Module) -> Projection:
+    """The weight of a layer that is not quantized."""
+    return Projection(layer["weight"], bias=layer.get("bias"))
+
+
+def quantized(layer: mlx.nn.Module) -> Projection:
+    """The weight of a quantized layer."""
+    return Projection(
+        layer["weight"],
+        layer["scales"],
+        layer.get("biases"),
+        bias=layer.get("bias"),
+        global_scale=layer.get("global_scale"),
+        quant=_quant_spec(layer.bits, layer.group_size, layer.mode),
+    )
+
+
 def projection_of(layer: mlx.nn.Module) -> Projection | None:
     """The weight of a linear layer (dense or stacked, quantized or not), or None for any other layer."""
     kind = (type(layer).__module__, type(layer).__name__)
     if kind in _PLAIN:
-        return Projection(layer["weight"], bias=layer.get("bias"))
-    if kind in _QUANTIZED:
-        return Projection(
-            layer["weight"],
-            layer["scales"],
-            layer.get("biases"),
-            bias=layer.get("bias"),
-            global_scale=layer.get("global_scale"),
-            quant=_quant_spec(layer.bits, layer.group_size, layer.mode),
-        )
-    return None
+        return plain(layer)
+    return quantized(layer) if kind in _QUANTIZED else None

@@ -18,7 +18,6 @@ from ..backends import registry
 from ..ops.quantized_matmul import choose
 from ..registry import PHASES, Choice, phase_of
 from ..weights import Projection
-from .projection import projection_of
 
 
 class Recall:
@@ -27,6 +26,7 @@ class Recall:
     Args:
         choice: what ran.
         x: what it ran on.
+        types: of the layers whose arrays it read, as :attr:`of_layers` takes them.
         facts: what has to be the same, by identity, the next time.
     """
 
@@ -49,12 +49,8 @@ def training_backend(layer: mlx.nn.Module) -> str:
     return "reference" if layer.training else "auto"
 
 
-def product(
-    layer: mlx.nn.Module,
-    x: mx.array,
-    weight_of: Callable[[mlx.nn.Module], Projection | None] = projection_of,
-) -> mx.array:
-    """``x @ weight.T + bias`` with the arrays of a linear layer; ``weight_of`` describes them."""
+def product(layer: mlx.nn.Module, x: mx.array, weight_of: Callable[[mlx.nn.Module], Projection]) -> mx.array:
+    """``x @ weight.T + bias`` with the arrays of a linear layer, as ``weight_of`` describes them."""
     own = layer.__dict__
     recall = own.get("_recall")
     if recall is not None and not own["_training"] and registry.default == recall.default:
@@ -62,10 +58,8 @@ def product(
         if y is not None:
             return y
     projection = weight_of(layer)
-    assert projection is not None
     choice = choose(x, projection, training_backend(layer))
     if choice.of_layers is not None and not layer.training:
         own["_recall"] = Recall(choice, x, type(layer))
-    y = choice.run(x, projection)
-    assert y is not None
-    return y
+    in_full: mx.array = choice.run(x, projection)
+    return in_full

@@ -266,6 +266,9 @@ struct Tiled {
                        float* y,
                        int64_t ldy,
                        const Ahead& ahead) {
+    if (count == 0) {
+      return;
+    }
     const Tiles tiles;
     alignas(64) float sums[kMostColumns * kSumsSize];
     const uint16_t* pack = page_from(rows[0]);

@@ -214,7 +214,7 @@ class Filler {
   inline bool whole(int64_t b) const { return rows_ == 32 && (b + 1) * kTileBlock <= count_; }
 
   // Fetches what takes the place of block b of rows [first, first + 8).
-  inline void fetch(int64_t b, int first) const {
+  [[gnu::always_inline]] inline void fetch(int64_t b, int first) const {
     const uint8_t* later = later_ + (4 * b + first / 8) * 8 * block_bytes_;
     for (int64_t i = 0; i < 8 * block_bytes_; i += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(later + i), _MM_HINT_T1);

@@ -307,6 +307,9 @@ struct CodedProduct {
                        float* y,
                        int64_t ldy,
                        const Ahead& ahead) {
+    if (count == 0) {
+      return;
+    }
     if (count == 1) {
       one(w, begin, end, rows[0], y, ahead);
       return;

@@ -30,7 +30,8 @@ struct Fetch {
   }
 
   // The scales and offsets of the row that is kDistance after row n.
-  inline void scales(const Matrix& w, int64_t n, int64_t last) const {
+  // GCC 12 drops calls of inline functions that do nothing but prefetch: hence the attribute.
+  [[gnu::always_inline]] inline void scales(const Matrix& w, int64_t n, int64_t last) const {
     const int64_t later = n + kDistance / w.row_bytes + 1;
     one(w.scales, ahead.scales, later, last, w.scale_bytes);
     if (w.biases != nullptr) {
@@ -39,7 +40,7 @@ struct Fetch {
   }
 
  private:
-  static inline void one(
+  [[gnu::always_inline]] static inline void one(
       const uint8_t* here, const uint8_t* next, int64_t row, int64_t last, int64_t bytes) {
     const uint8_t* at = row < last ? here + row * bytes : next ? next + (row - last) * bytes : here;
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);

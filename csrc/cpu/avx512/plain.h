@@ -129,6 +129,9 @@ struct PlainProduct {
                        float* y,
                        int64_t ldy,
                        const Ahead& ahead) {
+    if (count == 0) {
+      return;
+    }
     int64_t r = 0;
     // The first pass brings the weights into the cache; the others find them there.
     if (count >= 8) {

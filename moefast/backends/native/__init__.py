@@ -17,7 +17,7 @@ NumPy views of evaluated arrays (:mod:`.through_numpy`): correct, slower for sma
 from __future__ import annotations
 
 from ...registry import Backend, BoundKernel
-from .loading import describe, probe
+from .loading import bindings, describe, probe
 from .plans import bind
 from .refusals import why_not
 
@@ -29,4 +29,4 @@ NATIVE = Backend(
     probe=probe,
 )
 
-__all__ = ["NATIVE", "describe"]
+__all__ = ["NATIVE", "bindings", "describe"]

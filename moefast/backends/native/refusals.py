@@ -56,7 +56,7 @@ def _numbers(values: dict[str, float | None]) -> str | None:
         if value is None:
             continue
         try:
-            (rounded,) = struct.unpack("f", struct.pack("f", value))
+            (rounded,) = struct.unpack("<f", struct.pack("<f", value))
         except OverflowError:
             return f"{name}={value} is too large for float32"
         if value > 0 and rounded == 0:
