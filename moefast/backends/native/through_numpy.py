@@ -85,7 +85,12 @@ def _differentiable(problem: Problem) -> Flat:
         return _eager(problem, arrays)
 
     @flat.vjp
-    def vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+    def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        if isinstance(primals, mx.array):  # of a function of one argument
+            return vjp_of((primals,), cotangents, outputs)[0]
+        return vjp_of(primals, cotangents, outputs)
+
+    def vjp_of(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         def of_chosen(*some: mx.array) -> list[mx.array]:
             arrays = list(primals)
             for i, array in zip(chosen, some, strict=True):
