@@ -120,7 +120,9 @@ def roundings(op: str, top_k: int = 1) -> float:
     product, product), down. ``experts``: also the product with the weight, and a sum of ``top_k`` terms,
     half of which are rounded into it on average. ``moe``: the routed and the shared output, their gate
     and the final sum, and the routing weights themselves. ``attention``: score, exponential, sum,
-    quotient, product, output.
+    quotient, product, output. ``norm``: mean, quotient, product with the weight, bias. ``rope``: sine and
+    cosine, two products, their sum; where angles are rounded to float32, ``reductions`` has the square of the
+    largest position.
     """
     combine = 1 + top_k / 2
     counts = {
@@ -128,6 +130,8 @@ def roundings(op: str, top_k: int = 1) -> float:
         "route": 4.0,
         "quantized_matmul": 1.0,
         "attention": 6.0,
+        "norm": 4.0,
+        "rope": 5.0,
         "switch_glu": 6.0,
         "experts": 6.0 + combine,
         "moe": 2 * 6.0 + combine + 4,
@@ -270,17 +274,21 @@ def _by_expert(indices: Any, weights: Any) -> tuple[npt.NDArray[np.int64], Float
 
 
 def logits_bound(
-    dtype: mx.Dtype | str = "float32", *, layers: int, hidden: int, gradient: bool = False
+    dtype: mx.Dtype | str = "float32", *, layers: int, hidden: int, length: int = 1, gradient: bool = False
 ) -> Bound:
     """The bound on whole-model logits: of two implementations of one model in ``dtype``.
 
     A layer adds to the residual stream the error of two blocks, attention and MoE, each with about eight
     roundings, dot products over ``hidden`` and a function (softmax, silu); layers add in quadrature. Holds
-    while both route every token alike. A gradient has the forward pass in it and as many steps again, twice.
+    while both route every token alike. The rotary angle of position p may have been rounded to float32, by
+    p u / sqrt(3) where it is largest; positions are spread over ``length`` (a third of its square), and the
+    angles of an eighth of the pairs are that large. A gradient has the forward pass in it and as many steps
+    again, twice.
     """
     passes = 3 if gradient else 1
     u = unit_roundoff(dtype)
-    block = 8 * u**2 / 3 + 3 * hidden * _U32**2 / 6 + (_FUNCTION_ROUNDOFFS * _U32) ** 2
+    angles = (length * _U32) ** 2 / 3 / 3 / 8
+    block = 8 * u**2 / 3 + 3 * hidden * _U32**2 / 6 + (_FUNCTION_ROUNDOFFS * _U32) ** 2 + angles
     rms = _SLACK * float(np.sqrt(2 * passes * (2 * layers + 1) * block))  # 2: both models err
     return Bound(max=_PEAK * rms, rms=rms)
 
@@ -289,7 +297,7 @@ def assert_logits_close(
     got: mx.array, want: Any, *, layers: int, hidden: int, dtype: mx.Dtype | str = "float32"
 ) -> None:
     """Assert that two models' logits ``[..., vocabulary]`` agree to :func:`logits_bound`."""
-    limit = logits_bound(dtype, layers=layers, hidden=hidden)
+    limit = logits_bound(dtype, layers=layers, hidden=hidden, length=got.shape[-2])
     passed, figures = within(got, want, limit)
     assert passed, f"logits {got.shape}: {figures} exceeds {limit}"
 

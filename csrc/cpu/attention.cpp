@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "engine.h"
+#include "heads.h"
 
 namespace moefast {
 namespace {
@@ -24,11 +25,6 @@ constexpr int64_t kFewRows = 16;
 constexpr int64_t kPackedBytes = 32 << 20;
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-
-const uint8_t* row_of(const moefast_heads& x, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const uint8_t*>(x.data) +
-         (batch * x.batch_stride + head * x.head_stride + row * x.row_stride) * size_of(x.dtype);
-}
 
 class Run {
  public:
@@ -255,21 +251,6 @@ class Run {
   const int64_t query_stride_;
   const int64_t sum_stride_;
 };
-
-void check_heads(const char* name, const moefast_heads& x) {
-  check_dtype(name, x.dtype);
-  if (x.batch < 0 || x.length < 0 || x.heads < 1 || x.dims < 1) {
-    refuse("%s must have batch >= 0, length >= 0, heads >= 1 and dims >= 1, got %" PRId64
-           ", %" PRId64 ", %" PRId64 " and %" PRId64 ".",
-           name, x.batch, x.length, x.heads, x.dims);
-  }
-  if (x.batch > 0 && x.length > 0) {
-    check_pointer(name, x.data);
-  }
-  if (reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(size_of(x.dtype)) != 0) {
-    refuse("%s must be aligned to its dtype, got %p.", name, x.data);
-  }
-}
 
 void check_equal(const char* name, int64_t value, const char* other, int64_t wanted) {
   if (value != wanted) {

@@ -43,6 +43,21 @@ void check_rows(const char* name, const moefast_rows& rows) {
   }
 }
 
+void check_heads(const char* name, const moefast_heads& x) {
+  check_dtype(name, x.dtype);
+  if (x.batch < 0 || x.length < 0 || x.heads < 1 || x.dims < 1) {
+    refuse("%s must have batch >= 0, length >= 0, heads >= 1 and dims >= 1, got %" PRId64
+           ", %" PRId64 ", %" PRId64 " and %" PRId64 ".",
+           name, x.batch, x.length, x.heads, x.dims);
+  }
+  if (x.batch > 0 && x.length > 0) {
+    check_pointer(name, x.data);
+  }
+  if (reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(size_of(x.dtype)) != 0) {
+    refuse("%s must be aligned to its dtype, got %p.", name, x.data);
+  }
+}
+
 namespace {
 
 bool known_format(const moefast_projection& p) {

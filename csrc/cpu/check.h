@@ -12,6 +12,7 @@ namespace moefast {
 void check_pointer(const char* name, const void* pointer);
 void check_dtype(const char* name, int32_t dtype);
 void check_rows(const char* name, const moefast_rows& rows);
+void check_heads(const char* name, const moefast_heads& heads);
 void check_projection(const char* name, const moefast_projection& projection);
 // The projections of `ffn` fit one another, the activation is known, and `stacked` says whether
 // they are.

@@ -109,7 +109,7 @@ const float* shared_weights(moefast_engine& on, const Call& call, const Source& 
 void run_chunk(moefast_engine& on, const Call& call, const Source& x, int64_t first) {
   const int64_t top_k = call.router.top_k, routes = x.count * top_k;
   const Router router =
-      router_of(call.router, call.logits.dtype, call.selection_bias, call.expert_scale, on.scratch);
+      router_of(call.router, call.logits.dtype, call.selection_bias, call.expert_scale, on);
   moefast_rows logits = call.logits;
   logits.data =
       static_cast<const uint8_t*>(logits.data) + first * logits.stride * size_of(logits.dtype);
@@ -165,7 +165,7 @@ extern "C" int moefast_moe(moefast_engine* engine,
                     out_dtype};
     check(call);
     // The router's own rules, before anything depends on them.
-    router_of(*router, logits->dtype, selection_bias, expert_scale, on.scratch);
+    router_of(*router, logits->dtype, selection_bias, expert_scale, on);
     each_chunk(on, *x, router->top_k + (shared != nullptr ? 1 : 0),
                [&](const Source& rows, int64_t first) { run_chunk(on, call, rows, first); });
   });

@@ -228,6 +228,32 @@ int moefast_attention(moefast_engine* engine,
                       void* out,
                       int32_t out_dtype);
 
+/* Rows without their length: x / sqrt(mean(x^2) + eps) * weight, the mean of x taken off before
+ * where `centered` (LayerNorm), bias added after it. In float32, rounded once. weight and bias have
+ * x.dims values, or none. out [count, dims]. */
+int moefast_norm(moefast_engine* engine,
+                 const moefast_rows* x,
+                 const moefast_vector* weight,
+                 const moefast_vector* bias,
+                 float eps,
+                 int32_t centered,
+                 void* out,
+                 int32_t out_dtype);
+
+/* Rotary positions of the first `rotated` values of each row: pair i (values i and rotated / 2 + i,
+ * or 2 i and 2 i + 1 where `traditional`) of row r of batch b turns by the angle
+ * scale * (offsets[b] + r) / freqs[i]. freqs [rotated / 2]; NULL: base^(2 i / rotated). Rounded
+ * once, to x.dtype: out [batch, heads, length, dims], contiguous. */
+int moefast_rope(moefast_engine* engine,
+                 const moefast_heads* x,
+                 int64_t rotated,
+                 int32_t traditional,
+                 const float* freqs,
+                 float base,
+                 float scale,
+                 const int64_t* offsets,
+                 void* out);
+
 /* Best of a few timed runs, in bytes per second: `threads` of the engine read `bytes` bytes each,
  * once. */
 int moefast_measure_read(moefast_engine* engine,

@@ -8,6 +8,7 @@
 #include "generic/convert.h"
 #include "route_choose.h"
 #include "route_score.h"
+#include "vectors.h"
 
 namespace moefast {
 namespace {
@@ -63,20 +64,6 @@ void check_groups(const moefast_router& spec) {
 
 // -- making ready ---------------------------------------------------------------------------------
 
-bool given(const moefast_vector* vector) {
-  return vector != nullptr && vector->data != nullptr;
-}
-
-float* floats_of(const char* name, const moefast_vector* vector, int64_t count, Scratch& scratch) {
-  if (!given(vector)) {
-    return nullptr;
-  }
-  check_dtype(name, vector->dtype);
-  float* floats = scratch.take<float>(count);
-  widen(vector->dtype, vector->data, count, floats);
-  return floats;
-}
-
 // So many floats, rounded up to whole cache lines.
 int64_t padded(int64_t floats) {
   return round_up(floats, 16);
@@ -104,7 +91,7 @@ Router router_of(const moefast_router& spec,
                  int logits_dtype,
                  const moefast_vector* selection_bias,
                  const moefast_vector* expert_scale,
-                 Scratch& scratch) {
+                 moefast_engine& engine) {
   check_router(spec);
   check_dtype("logits", logits_dtype);
   Router router{};
@@ -115,7 +102,7 @@ Router router_of(const moefast_router& spec,
   // Where only the selected are scored, the logits themselves are the keys.
   const int chosen_by = spec.score_selected ? logits_dtype : router.score_dtype;
   router.cast_dtype = router.key_dtype = chosen_by;
-  float* bias = floats_of("selection_bias", selection_bias, spec.num_experts, scratch);
+  float* bias = floats_of("selection_bias", selection_bias, spec.num_experts, engine);
   router.selection_bias = bias;
   if (bias != nullptr && spec.bias_dtype == kOther) {
     round_to(chosen_by, bias, spec.num_experts);
@@ -125,7 +112,7 @@ Router router_of(const moefast_router& spec,
   }
 
   const int gathered = spec.weights_masked ? router.key_dtype : router.score_dtype;
-  router.expert_scale = floats_of("expert_scale", expert_scale, spec.num_experts, scratch);
+  router.expert_scale = floats_of("expert_scale", expert_scale, spec.num_experts, engine);
   router.scaled_dtype =
       router.expert_scale == nullptr ? gathered : promoted(gathered, expert_scale->dtype);
   router.weights_dtype = spec.weight_dtype == kNone    ? router.scaled_dtype
@@ -233,8 +220,7 @@ extern "C" int moefast_route(moefast_engine* engine,
       check_pointer("indices", indices);
       check_pointer("weights", weights);
     }
-    const Router ready =
-        router_of(*router, logits->dtype, selection_bias, expert_scale, on.scratch);
+    const Router ready = router_of(*router, logits->dtype, selection_bias, expert_scale, on);
     route_rows(on, ready, *logits, indices, weights, weights_dtype);
   });
 }

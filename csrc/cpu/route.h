@@ -29,12 +29,13 @@ struct Router {
 // Throws BadValue where the spec breaks a rule of moefast.RouterSpec.
 void check_router(const moefast_router& spec);
 
-// Checks the spec and makes it ready. The vectors, num_experts long, are converted into `scratch`.
+// Checks the spec and makes it ready. The vectors, num_experts long, are converted into the
+// engine's scratch memory.
 Router router_of(const moefast_router& spec,
                  int logits_dtype,
                  const moefast_vector* selection_bias,
                  const moefast_vector* expert_scale,
-                 Scratch& scratch);
+                 moefast_engine& engine);
 
 // Floats of memory that route_row() needs, to begin at a multiple of 64 bytes.
 int64_t route_workspace(const Router& router);

@@ -2,6 +2,7 @@
 // moefast/backends/native; the calls then cost little more than MLX's own operations.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -9,8 +10,10 @@
 #include "attention.h"
 #include "call.h"
 #include "layers.h"
+#include "norm.h"
 #include "primitive.h"
 #include "reading.h"
+#include "rope.h"
 
 using namespace nanobind::literals;
 
@@ -202,6 +205,10 @@ NB_MODULE(_native, m) {
         "reference"_a);
 
   m.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a);
+  m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
+  m.def("layer_norm", &layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
+  m.def("rope", &rope, "x"_a, "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a, "offset"_a,
+        "freqs"_a.none());
 
   m.def("configure", &configure, "threads"_a, "isa"_a);
   m.def("isas", &isas);

@@ -46,40 +46,6 @@ Failures& failures() {
   throw std::runtime_error(text);
 }
 
-View view_of(const mx::array& array) {
-  return {array.data<char>(), array.shape(), array.strides(), array.dtype()};
-}
-
-// Calls visit(offset in elements) for each element, in row-major order.
-template <class Visit>
-void each(const View& view, size_t dim, int64_t offset, Visit&& visit) {
-  if (dim == view.shape.size()) {
-    visit(offset);
-    return;
-  }
-  for (int64_t i = 0; i < view.shape[dim]; ++i) {
-    each(view, dim + 1, offset + i * view.strides[dim], visit);
-  }
-}
-
-template <class Element>
-void copy_as(const Copy& copy) {
-  const auto* from = reinterpret_cast<const Element*>(copy.from.data);
-  auto* to = reinterpret_cast<Element*>(copy.to);
-  each(copy.from, 0, 0, [&](int64_t offset) { *to++ = from[offset]; });
-}
-
-void make(const Copy& copy) {
-  switch (copy.from.dtype.size()) {
-    case 1:
-      return copy_as<uint8_t>(copy);
-    case 2:
-      return copy_as<uint16_t>(copy);
-    default:
-      return copy_as<uint32_t>(copy);
-  }
-}
-
 template <class Integer>
 std::vector<int32_t> read_as(const Plan& plan, const View& view) {
   const auto* from = reinterpret_cast<const Integer*>(view.data);
@@ -125,73 +91,29 @@ class Builder {
       : inputs_(inputs), temporaries_(temporaries), call_(call) {}
 
   moefast_rows rows(int index) {
-    if (index < 0) {
-      return {};
-    }
-    const mx::array& array = inputs_[index];
-    const int64_t dims = array.shape(-1);
-    const int32_t dtype = float_dtype(array.dtype());
-    const int64_t count = static_cast<int64_t>(array.size()) / dims;
-    int64_t stride = dims;
-    if (evenly_spaced(array, stride)) {
-      return {array.data<void>(), dtype, count, dims, stride};
-    }
-    return {copied(array), dtype, count, dims, dims};
+    return index < 0 ? moefast_rows{} : rows_of(inputs_[index], call_.copies, temporaries_);
   }
 
   moefast_vector vector(int index) {
     if (index < 0) {
       return {nullptr, MOEFAST_FLOAT32};
     }
-    return {contiguous(index), float_dtype(inputs_[index].dtype())};
+    return {memory(index), float_dtype(inputs_[index].dtype())};
   }
 
   moefast_projection projection(const Weight& weight) {
     moefast_projection p = weight.form;
-    p.weight = contiguous(weight.weight);
-    p.scales = contiguous(weight.scales);
-    p.biases = contiguous(weight.biases);
-    p.bias = contiguous(weight.bias);
-    p.global_scale = static_cast<const float*>(contiguous(weight.global_scale));
+    p.weight = memory(weight.weight);
+    p.scales = memory(weight.scales);
+    p.biases = memory(weight.biases);
+    p.bias = memory(weight.bias);
+    p.global_scale = static_cast<const float*>(memory(weight.global_scale));
     return p;
   }
 
  private:
-  const void* contiguous(int index) {
-    if (index < 0) {
-      return nullptr;
-    }
-    const mx::array& array = inputs_[index];
-    return array.flags().row_contiguous ? array.data<void>() : copied(array);
-  }
-
-  const void* copied(const mx::array& array) {
-    mx::array copy(array.shape(), array.dtype(), nullptr, {});
-    copy.set_data(mx::allocator::malloc(copy.nbytes()));
-    call_.copies.push_back({view_of(array), copy.data<char>()});
-    temporaries_.push_back(copy);
-    return copy.data<void>();
-  }
-
-  // Whether values within a row are neighbours and rows a constant `stride` apart.
-  static bool evenly_spaced(const mx::array& array, int64_t& stride) {
-    const int last = static_cast<int>(array.ndim()) - 1;
-    if (array.shape(last) > 1 && array.strides(last) != 1) {
-      return false;
-    }
-    int64_t rows = 1;
-    for (int i = last - 1; i >= 0; --i) {  // each step is as long as all the rows within it
-      if (array.shape(i) == 1) {
-        continue;
-      }
-      if (rows == 1) {
-        stride = array.strides(i);
-      } else if (array.strides(i) != stride * rows) {
-        return false;
-      }
-      rows *= array.shape(i);
-    }
-    return stride >= 0;
+  const void* memory(int index) {
+    return index < 0 ? nullptr : contiguous(inputs_[index], call_.copies, temporaries_);
   }
 
   const std::vector<mx::array>& inputs_;
@@ -262,20 +184,11 @@ int dispatch(const Call& call) {
 }
 
 void void_output(const Call& call) {
-  void* const floats = call.out_weights != nullptr ? call.out_weights : call.out;
-  if (call.out_weights != nullptr) {
-    std::memset(call.out, 0, static_cast<size_t>(call.out_size) * sizeof(uint32_t));
+  if (call.out_weights == nullptr) {
+    return fill_nan(call.plan->out_dtype, call.out, call.out_size);
   }
-  switch (call.plan->out_dtype) {
-    case MOEFAST_FLOAT32:
-      std::fill_n(static_cast<uint32_t*>(floats), call.out_size, uint32_t{0x7fc00000});
-      break;
-    case MOEFAST_FLOAT16:
-      std::fill_n(static_cast<uint16_t*>(floats), call.out_size, uint16_t{0x7e00});
-      break;
-    default:
-      std::fill_n(static_cast<uint16_t*>(floats), call.out_size, uint16_t{0x7fc0});
-  }
+  std::memset(call.out, 0, static_cast<size_t>(call.out_size) * sizeof(uint32_t));
+  fill_nan(call.plan->out_dtype, call.out_weights, call.out_size);
 }
 
 }  // namespace
@@ -321,7 +234,7 @@ Call make_call(std::shared_ptr<const Plan> plan,
 
 void run(const Call& call) {
   try {
-    std::for_each(call.copies.begin(), call.copies.end(), make);
+    call.copies.make();
     throw_if_failed(dispatch(call));
   } catch (...) {
     void_output(call);

@@ -5,23 +5,10 @@
 #include <memory>
 #include <vector>
 
+#include "layout.h"
 #include "plan.h"
 
 namespace moefast::binding {
-
-// An array that is read where it lies, whatever its strides.
-struct View {
-  const char* data = nullptr;
-  mx::Shape shape;
-  mx::Strides strides;  // in elements
-  mx::Dtype dtype = mx::uint8;
-};
-
-// Copies `from` in row-major order.
-struct Copy {
-  View from;
-  char* to;
-};
 
 // Everything the stream's thread needs. Pointers stay valid until it is done: MLX holds inputs,
 // outputs and temporaries for as long.
@@ -38,7 +25,7 @@ struct Call {
   void* out = nullptr;
   int64_t out_size = 0;         // values
   void* out_weights = nullptr;  // of a router, whose first output are indices
-  std::vector<Copy> copies;     // to be made first
+  Copies copies;                // to be made first
 };
 
 // Looks at the inputs' memory, not at values, which may not be there yet. Arrays that lie in a way
@@ -49,9 +36,7 @@ Call make_call(std::shared_ptr<const Plan> plan,
                std::vector<mx::array>& temporaries);
 
 // Does the work, on the stream's thread. Throws std::runtime_error, see failed_with(); floats of
-// the output are NaN then. MLX takes an array for evaluated once its evaluation was tried: whoever
-// reads it in spite of the exception (numpy.asarray does: it asks the array twice) must not find
-// plausible numbers.
+// the output are NaN then.
 void run(const Call& call);
 
 // MLX keeps only the text of what is thrown on a stream's thread, and raises it as RuntimeError.

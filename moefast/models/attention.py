@@ -12,6 +12,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from .. import ops
 from ..errors import refuse
+from ..nn import RMSNorm
 from ..nn.recall import training_backend
 from ..nn.sharding import check_split
 
@@ -136,16 +137,17 @@ class Attention(mlx_nn.Module):
         self.n_kv_heads //= group.size()
 
 
-class _ReplicatedNorm(mlx_nn.RMSNorm):
+class _ReplicatedNorm(RMSNorm):
     """A norm that every rank applies to its own heads: its weight's gradient is summed over the ranks."""
 
-    def __init__(self, norm: mlx_nn.RMSNorm, group: mx.distributed.Group):
+    def __init__(self, norm: RMSNorm, group: mx.distributed.Group):
         super().__init__(norm.weight.shape[0], norm.eps)
         self.weight = norm.weight
         self._summed = sum_gradients(group)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self._summed(self.weight), self.eps)
+        weight = self._summed(self.weight)
+        return ops.rms_norm(x, weight, self.eps, backend=training_backend(self))
 
 
 class SeparateAttention(Attention):

@@ -10,7 +10,7 @@ import mlx.nn as mlx_nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.pipeline import PipelineMixin
 
-from ..nn import MLP, Embedding, Linear, MoE
+from ..nn import MLP, Embedding, Linear, MoE, RMSNorm
 
 
 class PreNormLayer(mlx_nn.Module):
@@ -38,8 +38,8 @@ class PreNormLayer(mlx_nn.Module):
         super().__init__()
         setattr(self, self.ATTENTION, attention)
         setattr(self, self.FFN, ffn)
-        self.input_layernorm = mlx_nn.RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm = mlx_nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
         self.residual_multiplier = residual_multiplier
 
     def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None) -> mx.array:

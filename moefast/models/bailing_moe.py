@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import mlx.nn as mlx_nn
 
-from ..nn import MLP, Embedding, Linear, MoE, Router
+from ..nn import MLP, Embedding, Linear, MoE, RMSNorm, Router
 from ..specs import RouterSpec
 from .attention import Attention as BaseAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
@@ -154,8 +153,8 @@ class Attention(BaseAttention):
         )
         self.dense = Linear(heads * head_dim, args.hidden_size, bias=args.use_bias)
         if args.use_qk_norm:
-            self.query_layernorm = mlx_nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
-            self.key_layernorm = mlx_nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
+            self.query_layernorm = RMSNorm(head_dim, eps=args.rms_norm_eps)
+            self.key_layernorm = RMSNorm(head_dim, eps=args.rms_norm_eps)
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any | None) -> mx.array:
         """x: ``[batch, length, hidden]`` -> the same shape."""
@@ -208,7 +207,7 @@ class Model(CausalLM):
     def __init__(self, args: ModelArgs):
         embedding = Embedding(args.vocab_size, args.hidden_size)
         layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
-        norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         super().__init__(args, BailingMoE(embedding, layers, norm), tied=args.tie_word_embeddings)
 
     def sanitize(self, weights: Weights) -> Weights:

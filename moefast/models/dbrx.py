@@ -32,7 +32,7 @@ import mlx.core as mx
 import mlx.nn as mlx_nn
 
 from ..errors import refuse
-from ..nn import Embedding, Linear, MoE, Names, Router
+from ..nn import Embedding, LayerNorm, Linear, MoE, Names, Router
 from ..specs import RouterSpec
 from .attention import Attention as BaseAttention
 from .backbone import Backbone, CausalLM
@@ -166,8 +166,8 @@ class NormAttentionNorm(mlx_nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.norm_1 = mlx_nn.LayerNorm(args.d_model, bias=False)
-        self.norm_2 = mlx_nn.LayerNorm(args.d_model, bias=False)
+        self.norm_1 = LayerNorm(args.d_model, bias=False)
+        self.norm_2 = LayerNorm(args.d_model, bias=False)
         self.attn = Attention(args)
 
     def __call__(
@@ -225,7 +225,7 @@ class Model(CausalLM):
     def __init__(self, args: ModelArgs):
         embedding = Embedding(args.vocab_size, args.d_model)
         layers = [DecoderLayer(args) for _ in range(args.n_layers)]
-        backbone = DBRX(embedding, layers, mlx_nn.LayerNorm(args.d_model, bias=False))
+        backbone = DBRX(embedding, layers, LayerNorm(args.d_model, bias=False))
         super().__init__(args, backbone, tied=False)
 
     @property

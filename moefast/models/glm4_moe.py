@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import mlx.nn as mlx_nn
 
-from ..nn import MLP, Embedding, Linear, MoE, Router
+from ..nn import MLP, Embedding, Linear, MoE, RMSNorm, Router
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
@@ -129,8 +128,8 @@ class Attention(SeparateAttention):
         self.v_proj = Linear(args.hidden_size, kv_heads * head_dim, bias=bias)
         self.o_proj = Linear(heads * head_dim, args.hidden_size, bias=False)
         if args.use_qk_norm:
-            self.q_norm = mlx_nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
-            self.k_norm = mlx_nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
+            self.q_norm = RMSNorm(head_dim, eps=args.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, eps=args.rms_norm_eps)
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any | None) -> mx.array:
         """x: ``[batch, length, hidden]`` -> the same shape."""
@@ -173,7 +172,7 @@ class Model(CausalLM):
     def __init__(self, args: ModelArgs):
         embedding = Embedding(args.vocab_size, args.hidden_size)
         layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
-        norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         super().__init__(args, Backbone(embedding, layers, norm), tied=args.tie_word_embeddings)
 
     def sanitize(self, weights: Weights) -> Weights:

@@ -27,9 +27,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import mlx.nn as mlx_nn
 
-from ..nn import Embedding, Linear, MoE, Names, Router
+from ..nn import Embedding, Linear, MoE, Names, RMSNorm, Router
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
@@ -136,7 +135,7 @@ class GraniteMoE(Backbone):
     def __init__(self, args: ModelArgs):
         embedding = Embedding(args.vocab_size, args.hidden_size)
         layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
-        super().__init__(embedding, layers, mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps))
+        super().__init__(embedding, layers, RMSNorm(args.hidden_size, eps=args.rms_norm_eps))
         self.embedding_multiplier = args.embedding_multiplier
 
     def embed(self, inputs: mx.array) -> mx.array:

@@ -22,10 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import mlx.core as mx
-import mlx.nn as mlx_nn
 
 from ..errors import refuse
-from ..nn import MLP, Embedding, Linear, MoE, Names
+from ..nn import MLP, Embedding, Linear, MoE, Names, RMSNorm
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
@@ -153,7 +152,7 @@ class Model(CausalLM):
     def __init__(self, args: ModelArgs):
         embedding = Embedding(args.vocab_size, args.hidden_size)
         layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
-        norm = mlx_nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         super().__init__(args, Backbone(embedding, layers, norm), tied=args.tie_word_embeddings)
 
     def sanitize(self, weights: Weights) -> Weights:

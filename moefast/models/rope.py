@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, initialize_rope
 
+from .. import ops
 from ..errors import refuse
+from ..nn import Rope
+from ..nn.recall import training_backend
 
 _TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 _NEEDS = {
@@ -62,12 +66,11 @@ def make_rope(
         if max_position_embeddings is None:
             refuse(family, "rope type 'dynamic' needs max_position_embeddings", None)
         return _DynamicRope(dims, max_position_embeddings, traditional, theta, scaling["factor"])
-    rope: nn.Module = initialize_rope(
-        dims, theta, traditional, {**scaling, "type": rope_type}, max_position_embeddings
-    )
-    if rope_type == "yarn":
-        rope.mscale = _attention_factor(family, scaling)
-    return rope
+    rope = initialize_rope(dims, theta, traditional, {**scaling, "type": rope_type}, max_position_embeddings)
+    if isinstance(rope, nn.RoPE):
+        return Rope(dims, traditional=traditional, base=theta, scale=rope.scale)
+    factor = _attention_factor(family, scaling) if rope_type == "yarn" else 1.0
+    return Rope(dims, traditional=traditional, freqs=rope._freqs, factor=factor)
 
 
 class _DynamicRope(DynamicNTKScalingRoPE):
@@ -75,22 +78,16 @@ class _DynamicRope(DynamicNTKScalingRoPE):
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """x: ``[batch, heads, length, head_dim]``, offset: of all rows or ``[batch]`` -> the shape of x."""
+        settings: dict[str, Any] = {"traditional": self.traditional, "backend": training_backend(self)}
+        turn = partial(ops.rope, x, self.dims, offset=offset, **settings)
         if not isinstance(offset, mx.array):
-            y: mx.array = super().__call__(x, offset)
-            return y
-        trained = self.max_position_embeddings
-        length = mx.maximum(offset.max() + x.shape[-2], trained)
-        stretch = self.factor * length / trained - (self.factor - 1)
-        base = self.base * stretch ** (self.dims / (self.dims - 2))
-        return mx.fast.rope(
-            x,
-            self.dims,
-            traditional=self.traditional,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=base ** (mx.arange(0, self.dims, 2) / self.dims),
-        )
+            return turn(base=self._base(max(x.shape[-2] + offset, self.max_position_embeddings)))
+        base = self._base(mx.maximum(offset.max() + x.shape[-2], self.max_position_embeddings))
+        return turn(freqs=base ** (mx.arange(0, self.dims, 2) / self.dims))
+
+    def _base(self, length: Any) -> Any:
+        stretch = self.factor * length / self.max_position_embeddings - (self.factor - 1)
+        return self.base * stretch ** (self.dims / (self.dims - 2))
 
 
 def _attention_factor(family: str, scaling: Mapping[str, Any]) -> float:

@@ -3,7 +3,19 @@
 from .attention import attention
 from .experts import experts, switch_glu
 from .moe import moe
+from .norm import layer_norm, rms_norm
 from .quantized_matmul import quantized_matmul
+from .rope import rope
 from .route import route
 
-__all__ = ["attention", "experts", "moe", "quantized_matmul", "route", "switch_glu"]
+__all__ = [
+    "attention",
+    "experts",
+    "layer_norm",
+    "moe",
+    "quantized_matmul",
+    "rms_norm",
+    "rope",
+    "route",
+    "switch_glu",
+]

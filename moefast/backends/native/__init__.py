@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from ...registry import Backend, BoundKernel
 from .loading import bindings, describe, probe
-from .plans import bind
+from .plans import BESIDE_EXPERTS, bind
 from .refusals import why_not
 
-OPERATIONS = ("route", "switch_glu", "experts", "moe", "quantized_matmul", "attention")
+OPERATIONS = ("route", "switch_glu", "experts", "moe", "quantized_matmul", *BESIDE_EXPERTS)
 
 NATIVE = Backend(
     name="native",

@@ -16,11 +16,14 @@ from . import dtypes
 from .flat import arrays_of, multiplied, reference_of, rounded
 from .loading import bindings
 
+# What a layer does between its products. These need no plan: they take what the reference takes.
+BESIDE_EXPERTS = ("attention", "rms_norm", "layer_norm", "rope")
+
 
 def bind(problem: Problem) -> Bound:
     """What runs a problem."""
-    if problem.op == "attention":
-        return Bound(bindings().native.attention)
+    if problem.op in BESIDE_EXPERTS:
+        return Bound(getattr(bindings().native, problem.op))
     if not bindings().native:
         from . import through_numpy
 

@@ -6,6 +6,8 @@ from ...registry import Backend, Kernel
 from .attention import attention
 from .experts import experts, moe, switch_glu
 from .matmul import dense
+from .norm import layer_norm, rms_norm
+from .rope import rope
 from .route import route
 
 REFERENCE = Backend(
@@ -17,5 +19,8 @@ REFERENCE = Backend(
         "moe": Kernel(moe),
         "quantized_matmul": Kernel(dense),
         "attention": Kernel(attention),
+        "rms_norm": Kernel(rms_norm),
+        "layer_norm": Kernel(layer_norm),
+        "rope": Kernel(rope),
     },
 )
