@@ -89,8 +89,9 @@ class ModelSubject:
         own += [array for layer in self._cache for array in (layer.keys, layer.values)]
         self._own_bytes = sum(array.nbytes for array in own)
         hidden = truth.prefilled.output.shape[-1]
-        sizes = {"layers": len(model.layers), "hidden": hidden, "length": truth.prompt.prefill.size + steps}
-        self._bound = logits_bound(self.dtype, **sizes) if judged else None
+        length = truth.prompt.prefill.size + steps
+        limit = logits_bound(self.dtype, layers=len(model.layers), hidden=hidden, length=length)
+        self._bound = limit if judged else None
 
     def run(self, phase: str, tokens: int) -> None:
         """See :class:`Subject`. Decoding starts from the context and leaves the cache as it was."""
