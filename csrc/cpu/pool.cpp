@@ -33,7 +33,7 @@ using Clock = std::chrono::steady_clock;
 
 // Longer than the gap between two operations of a layer that MLX fills with its own, shorter than a
 // time slice by far.
-constexpr auto kPatience = std::chrono::microseconds(200);
+constexpr auto kPatience = std::chrono::microseconds(100);
 
 // When the library is loaded, not at first use: the lock around a first use could itself be held at
 // a fork().
