@@ -243,7 +243,8 @@ int moefast_norm(moefast_engine* engine,
 /* Rotary positions of the first `rotated` values of each row: pair i (values i and rotated / 2 + i,
  * or 2 i and 2 i + 1 where `traditional`) of row r of batch b turns by the angle
  * scale * (offsets[b] + r) / freqs[i]. freqs [rotated / 2]; NULL: base^(2 i / rotated). Rounded
- * once, to x.dtype: out [batch, heads, length, dims], contiguous. */
+ * once, to x.dtype. Row r of head h of batch b goes to `out`, of which only data and strides count.
+ */
 int moefast_rope(moefast_engine* engine,
                  const moefast_heads* x,
                  int64_t rotated,
@@ -252,7 +253,7 @@ int moefast_rope(moefast_engine* engine,
                  float base,
                  float scale,
                  const int64_t* offsets,
-                 void* out);
+                 const moefast_heads* out);
 
 /* Best of a few timed runs, in bytes per second: `threads` of the engine read `bytes` bytes each,
  * once. */

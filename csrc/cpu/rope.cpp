@@ -57,13 +57,15 @@ class Run {
       int64_t rotated,
       bool traditional,
       const int64_t* offsets,
-      void* out)
+      const moefast_heads& out)
       : engine_(engine),
         x_(x),
         pairs_(rotated / 2),
         traditional_(traditional),
         offsets_(offsets),
-        out_(static_cast<uint8_t*>(out)) {}
+        out_(out) {
+    out_.dtype = x.dtype;
+  }
 
   void operator()(const float* freqs, float base, float scale) {
     auto* speeds = engine_.scratch.take<double>(pairs_);
@@ -105,8 +107,8 @@ class Run {
         values[i * next] = a * cosines[i] - b * sines[i];
         values[i * next + other] = a * sines[i] + b * cosines[i];
       }
-      const int64_t at = ((batch * x_.heads + head) * x_.length + row) * x_.dims;
-      engine_.isa.narrow(x_.dtype, values, x_.dims, out_ + at * size_of(x_.dtype));
+      auto* to = const_cast<uint8_t*>(row_of(out_, batch, head, row));
+      engine_.isa.narrow(x_.dtype, values, x_.dims, to);
     }
   }
 
@@ -115,7 +117,7 @@ class Run {
   const int64_t pairs_;
   const bool traditional_;
   const int64_t* const offsets_;
-  uint8_t* const out_;
+  moefast_heads out_;
   const double* speeds_ = nullptr;  // radians a position
 };
 
@@ -132,7 +134,7 @@ extern "C" int moefast_rope(moefast_engine* engine,
                             float base,
                             float scale,
                             const int64_t* offsets,
-                            void* out) {
+                            const moefast_heads* out) {
   return run_on(engine, "rope", [&](moefast_engine& on) {
     check_pointer("x", x);
     check_heads("x", *x);
@@ -147,6 +149,7 @@ extern "C" int moefast_rope(moefast_engine* engine,
     }
     check_pointer("offsets", offsets);
     check_pointer("out", out);
-    Run(on, *x, rotated, traditional != 0, offsets, out)(freqs, base, scale);
+    check_pointer("out", out->data);
+    Run(on, *x, rotated, traditional != 0, offsets, *out)(freqs, base, scale);
   });
 }

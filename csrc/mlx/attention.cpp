@@ -32,22 +32,23 @@ class Attention : public Mirror {
   const char* operation() const override { return "attention"; }
 
   // In the layout of ours.
-  std::function<mx::array(const Arrays&)> by_mlx() const override {
+  std::function<Arrays(const Arrays&)> by_mlx() const override {
     return [scale = scale_, causal = causal_](const Arrays& inputs) {
       const auto y = mx::fast::scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], scale,
                                                             causal ? "causal" : "");
       const auto by_token = mx::transpose(y, {0, 2, 1, 3});
-      return mx::reshape(by_token, {y.shape(0), y.shape(2), y.shape(1) * y.shape(3)});
+      return Arrays{mx::reshape(by_token, {y.shape(0), y.shape(2), y.shape(1) * y.shape(3)})};
     };
   }
 
   std::function<void()> work(const Arrays& inputs,
-                             void* out,
+                             Arrays& outputs,
                              Copies& copies,
                              Arrays& temporaries) const override {
     const auto queries = heads_of(inputs[0], copies, temporaries);
     const auto keys = heads_of(inputs[1], copies, temporaries);
     const auto values = heads_of(inputs[2], copies, temporaries);
+    auto* const out = outputs[0].data<void>();
     return [=, scale = scale_, causal = causal_] {
       throw_if_failed(
           moefast_attention(engine(), &queries, &keys, &values, scale, causal, out, queries.dtype));

@@ -2,12 +2,14 @@
 // moefast/backends/native; the calls then cost little more than MLX's own operations.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 
 #include "attention.h"
+#include "cached_attention.h"
 #include "call.h"
 #include "layers.h"
 #include "norm.h"
@@ -205,6 +207,9 @@ NB_MODULE(_native, m) {
         "reference"_a);
 
   m.def("attention", &attention, "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a);
+  m.def("cached_attention", &cached_attention, "queries"_a, "keys"_a, "values"_a, "cache_keys"_a,
+        "cache_values"_a, "offset"_a, "dims"_a, "traditional"_a, "base"_a.none(),
+        "position_scale"_a, "freqs"_a.none(), "scale"_a, "causal"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
   m.def("rope", &rope, "x"_a, "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a, "offset"_a,

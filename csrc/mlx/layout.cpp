@@ -46,7 +46,7 @@ View view_of(const mx::array& array) {
 const void* Copies::add(const mx::array& array, Arrays& temporaries) {
   mx::array copy(array.shape(), array.dtype(), nullptr, {});
   copy.set_data(mx::allocator::malloc(copy.nbytes()));
-  copies_.push_back({view_of(array), copy.data<char>()});
+  add(array, copy.data<char>());
   temporaries.push_back(copy);
   return copy.data<void>();
 }

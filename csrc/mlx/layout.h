@@ -41,6 +41,8 @@ class Copies {
  public:
   // Where the copy of `array` will be; its memory is appended to `temporaries`.
   const void* add(const mx::array& array, std::vector<mx::array>& temporaries);
+  // A copy of `array` at `to`.
+  void add(const mx::array& array, char* to) { copies_.push_back({view_of(array), to}); }
   void make() const;
 
  private:

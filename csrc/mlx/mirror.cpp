@@ -19,7 +19,7 @@ Arrays pick(const Arrays& inputs, const std::vector<int>& argnums) {
 }
 
 // MLX's function of some of the inputs, the others given.
-std::function<Arrays(const Arrays&)> of_some(std::function<mx::array(const Arrays&)> by_mlx,
+std::function<Arrays(const Arrays&)> of_some(std::function<Arrays(const Arrays&)> by_mlx,
                                              const Arrays& inputs,
                                              const std::vector<int>& argnums) {
   return [by_mlx = std::move(by_mlx), &inputs, &argnums](const Arrays& some) {
@@ -27,29 +27,31 @@ std::function<Arrays(const Arrays&)> of_some(std::function<mx::array(const Array
     for (size_t i = 0; i < argnums.size(); ++i) {
       all[argnums[i]] = some[i];
     }
-    return Arrays{by_mlx(all)};
+    return by_mlx(all);
   };
 }
 
 }  // namespace
 
 void Mirror::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  auto& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.size() == 0) {
-    return;
-  }
+  Copies copies;
+  allocate(inputs, outputs, copies);
   auto& encoder = mx::cpu::get_command_encoder(stream());
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
   }
-  encoder.set_output_array(out);
+  for (auto& output : outputs) {
+    encoder.set_output_array(output);
+  }
+  auto& first = outputs[0];
+  if (first.size() == 0) {
+    return;
+  }
   Arrays temporaries;
-  Copies copies;
-  auto run = work(inputs, out.data<void>(), copies, temporaries);
+  auto run = work(inputs, outputs, copies, temporaries);
   encoder.add_temporaries(std::move(temporaries));
-  encoder.dispatch([run = std::move(run), copies = std::move(copies), to = out.data<void>(),
-                    dtype = float_dtype(out.dtype()), size = static_cast<int64_t>(out.size())] {
+  encoder.dispatch([run = std::move(run), copies = std::move(copies), to = first.data<void>(),
+                    dtype = float_dtype(first.dtype()), size = static_cast<int64_t>(first.size())] {
     try {
       copies.make();
       run();
@@ -58,6 +60,12 @@ void Mirror::eval_cpu(const Arrays& inputs, Arrays& outputs) {
       throw;
     }
   });
+}
+
+void Mirror::allocate(const Arrays&, Arrays& outputs, Copies&) {
+  for (auto& output : outputs) {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
+  }
 }
 
 void Mirror::eval_gpu(const Arrays&, Arrays&) {
@@ -77,8 +85,8 @@ Arrays Mirror::vjp(const Arrays& primals,
 
 std::pair<Arrays, std::vector<int>> Mirror::vmap(const Arrays& inputs,
                                                  const std::vector<int>& axes) {
-  const auto mapped = [function = by_mlx()](const Arrays& all) { return Arrays{function(all)}; };
-  return {mx::vmap(mapped, axes, {0})(inputs), {0}};
+  const std::vector<int> out_axes(num_outputs(), 0);
+  return {mx::vmap(by_mlx(), axes, out_axes)(inputs), out_axes};
 }
 
 std::string shape_text(const mx::array& array) {

@@ -11,8 +11,8 @@
 
 namespace moefast::binding {
 
-// One output, laid out row-major, of floats. Derivatives and vmap are those of MLX's function of
-// the same inputs.
+// Outputs are floats, laid out row-major. Derivatives and vmap are those of MLX's function of the
+// same inputs.
 class Mirror : public mx::Primitive {
  public:
   using Arrays = std::vector<mx::array>;
@@ -32,11 +32,14 @@ class Mirror : public mx::Primitive {
 
  protected:
   // MLX's function. Called on any thread, and after the primitive is gone.
-  virtual std::function<mx::array(const Arrays& inputs)> by_mlx() const = 0;
+  virtual std::function<Arrays(const Arrays& inputs)> by_mlx() const = 0;
+  virtual size_t num_outputs() const { return 1; }
+  // Gives the outputs memory of their own.
+  virtual void allocate(const Arrays& inputs, Arrays& outputs, Copies& copies);
   // What the stream's thread is to do, for inputs that MLX holds until it is done. It throws what
   // throw_if_failed() throws.
   virtual std::function<void()> work(const Arrays& inputs,
-                                     void* out,
+                                     Arrays& outputs,
                                      Copies& copies,
                                      Arrays& temporaries) const = 0;
   // Of the operation, for messages.

@@ -35,16 +35,16 @@ class Norm : public Mirror {
  protected:
   const char* operation() const override { return centered_ ? "layer_norm" : "rms_norm"; }
 
-  std::function<mx::array(const Arrays&)> by_mlx() const override {
+  std::function<Arrays(const Arrays&)> by_mlx() const override {
     return [centered = centered_, weight = weight_, bias = bias_, eps = eps_](const Arrays& in) {
       const auto at = [&](int i) { return i < 0 ? Maybe() : Maybe(in[i]); };
-      return centered ? mx::fast::layer_norm(in[0], at(weight), at(bias), eps)
-                      : mx::fast::rms_norm(in[0], at(weight), eps);
+      return Arrays{centered ? mx::fast::layer_norm(in[0], at(weight), at(bias), eps)
+                             : mx::fast::rms_norm(in[0], at(weight), eps)};
     };
   }
 
   std::function<void()> work(const Arrays& inputs,
-                             void* out,
+                             Arrays& outputs,
                              Copies& copies,
                              Arrays& temporaries) const override {
     const auto vector = [&](int i) {
@@ -59,6 +59,7 @@ class Norm : public Mirror {
       promoted = mx::promote_types(promoted, input.dtype());
     }
     const auto dtype = float_dtype(promoted);
+    auto* const out = outputs[0].data<void>();
     return [=, eps = eps_, centered = centered_] {
       throw_if_failed(moefast_norm(engine(), &x, &weight, &bias, eps, centered, out, dtype));
     };

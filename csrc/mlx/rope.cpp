@@ -8,25 +8,17 @@
 namespace moefast::binding {
 namespace {
 
-struct Turn {
-  int rotated;
-  bool traditional;
-  std::optional<float> base;
-  float scale;
-  std::optional<int> offset;  // or an input
-
-  bool operator==(const Turn&) const = default;
-};
-
-// Inputs: x, the offsets unless the turn has one, the freqs unless it has a base.
+// Inputs: x, the offsets unless one for all is known, the freqs unless there is a base.
 class Rope : public Mirror {
  public:
-  Rope(mx::Stream stream, Turn turn) : Mirror(stream), turn_(turn) {}
+  Rope(mx::Stream stream, Rotation rotation, std::optional<int> offset)
+      : Mirror(stream), rotation_(rotation), offset_(offset) {}
 
   const char* name() const override { return "MoefastRope"; }
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    return turn_ == static_cast<const Rope&>(other).turn_;
+    const auto& same = static_cast<const Rope&>(other);
+    return rotation_ == same.rotation_ && offset_ == same.offset_;
   }
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
@@ -36,48 +28,91 @@ class Rope : public Mirror {
  protected:
   const char* operation() const override { return "rope"; }
 
-  std::function<mx::array(const Arrays&)> by_mlx() const override {
-    return [turn = turn_](const Arrays& in) {
-      const auto freqs = turn.base ? std::nullopt : std::optional<mx::array>(in.back());
-      const auto run = [&](const auto& offset) {
-        return mx::fast::rope(in[0], turn.rotated, turn.traditional, turn.base, turn.scale, offset,
-                              freqs);
-      };
-      return turn.offset ? run(*turn.offset) : run(in[1]);
+  std::function<Arrays(const Arrays&)> by_mlx() const override {
+    return [rotation = rotation_, offset = offset_](const Arrays& in) {
+      const auto freqs = rotation.base ? std::nullopt : std::optional<mx::array>(in.back());
+      return Arrays{offset ? rotated_by_mlx(in[0], rotation, *offset, freqs)
+                           : rotated_by_mlx(in[0], rotation, in[1], freqs)};
     };
   }
 
   std::function<void()> work(const Arrays& inputs,
-                             void* out,
+                             Arrays& outputs,
                              Copies& copies,
                              Arrays& temporaries) const override {
     const auto x = heads_of(inputs[0], copies, temporaries);
-    const auto offsets = turn_.offset ? View{} : view_of(inputs[1]);
+    const auto offsets = offset_ ? View{} : view_of(inputs[1]);
     const auto* freqs =
-        turn_.base ? nullptr
-                   : static_cast<const float*>(contiguous(inputs.back(), copies, temporaries));
-    return [=, turn = turn_] {
+        rotation_.base ? nullptr
+                       : static_cast<const float*>(contiguous(inputs.back(), copies, temporaries));
+    moefast_heads out = x;
+    out.data = outputs[0].data<void>();
+    out.row_stride = x.dims;
+    out.head_stride = x.dims * x.length;
+    out.batch_stride = out.head_stride * x.heads;
+    return [=, rotation = rotation_, offset = offset_] {
       std::vector<int64_t> first;
-      if (turn.offset) {
-        first.assign(static_cast<size_t>(x.batch), *turn.offset);
+      if (offset) {
+        first.assign(static_cast<size_t>(x.batch), *offset);
       } else {
         const auto* values = reinterpret_cast<const int32_t*>(offsets.data);
         each(offsets, 0, 0, [&](int64_t at) { first.push_back(values[at]); });
         first.resize(static_cast<size_t>(x.batch), first.back());  // one for all
       }
-      throw_if_failed(moefast_rope(engine(), &x, turn.rotated, turn.traditional, freqs,
-                                   turn.base.value_or(0.0f), turn.scale, first.data(), out));
+      rotate(x, rotation, freqs, first, out);
     };
   }
 
  private:
-  Turn turn_;
+  Rotation rotation_;
+  std::optional<int> offset_;
 };
 
 }  // namespace
 
+mx::array rotated_by_mlx(const mx::array& x,
+                         const Rotation& rotation,
+                         const std::variant<int, mx::array>& offset,
+                         const std::optional<mx::array>& freqs) {
+  const auto run = [&](const auto& from) {
+    return mx::fast::rope(x, rotation.dims, rotation.traditional, rotation.base, rotation.scale,
+                          from, freqs);
+  };
+  return std::visit(run, offset);
+}
+
+void rotate(const moefast_heads& x,
+            const Rotation& rotation,
+            const float* freqs,
+            const std::vector<int64_t>& offsets,
+            const moefast_heads& out) {
+  throw_if_failed(moefast_rope(engine(), &x, rotation.dims, rotation.traditional, freqs,
+                               rotation.base.value_or(0.0f), rotation.scale, offsets.data(), &out));
+}
+
+std::optional<mx::array> checked_freqs(const char* operation,
+                                       const Rotation& rotation,
+                                       int head_dim,
+                                       const std::optional<mx::array>& freqs) {
+  if (rotation.dims < 2 || rotation.dims % 2 != 0 || rotation.dims > head_dim) {
+    refuse(operation, "dims must be even and in 2.." + std::to_string(head_dim),
+           std::to_string(rotation.dims));
+  }
+  if (rotation.base.has_value() == freqs.has_value()) {
+    refuse(operation, "either base or freqs must be given", freqs ? "both" : "neither");
+  }
+  if (!freqs) {
+    return std::nullopt;
+  }
+  if (freqs->ndim() != 1 || freqs->shape(0) != rotation.dims / 2) {
+    refuse(operation, "freqs must have " + std::to_string(rotation.dims / 2) + " values",
+           shape_text(*freqs));
+  }
+  return mx::astype(*freqs, mx::float32);
+}
+
 mx::array rope(const mx::array& x,
-               int rotated,
+               int dims,
                bool traditional,
                std::optional<float> base,
                float scale,
@@ -86,17 +121,12 @@ mx::array rope(const mx::array& x,
   if (x.ndim() != 4 || float_dtype(x.dtype()) < 0) {
     refuse("rope", "x must be a float array of 4 dimensions", shape_text(x));
   }
-  if (rotated < 2 || rotated % 2 != 0 || rotated > x.shape(3)) {
-    refuse("rope", "dims must be even and in 2.." + std::to_string(x.shape(3)),
-           std::to_string(rotated));
-  }
-  if (base.has_value() == freqs.has_value()) {
-    refuse("rope", "either base or freqs must be given", base ? "both" : "neither");
-  }
-  Turn turn{rotated, traditional, base, scale, std::nullopt};
+  const Rotation rotation{dims, traditional, base, scale};
+  const auto wavelengths = checked_freqs("rope", rotation, x.shape(3), freqs);
   std::vector<mx::array> inputs = {x};
+  std::optional<int> first;
   if (const auto* number = std::get_if<int>(&offset)) {
-    turn.offset = *number;
+    first = *number;
   } else {
     const auto& offsets = std::get<mx::array>(offset);
     if (!mx::issubdtype(offsets.dtype(), mx::integer) ||
@@ -106,14 +136,10 @@ mx::array rope(const mx::array& x,
     }
     inputs.push_back(mx::astype(offsets, mx::int32));
   }
-  if (freqs) {
-    if (freqs->ndim() != 1 || freqs->shape(0) != rotated / 2) {
-      refuse("rope", "freqs must have " + std::to_string(rotated / 2) + " values",
-             shape_text(*freqs));
-    }
-    inputs.push_back(mx::astype(*freqs, mx::float32));
+  if (wavelengths) {
+    inputs.push_back(*wavelengths);
   }
-  return mirrored<Rope>(x.shape(), x.dtype(), std::move(inputs), turn);
+  return mirrored<Rope>(x.shape(), x.dtype(), std::move(inputs), rotation, first);
 }
 
 }  // namespace moefast::binding

@@ -9,10 +9,11 @@ import mlx.core as mx
 import mlx.nn as mlx_nn
 from mlx.nn.layers.distributed import shard_linear, sum_gradients
 from mlx_lm.models.base import scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache
 
 from .. import ops
 from ..errors import refuse
-from ..nn import RMSNorm
+from ..nn import RMSNorm, Rope
 from ..nn.recall import training_backend
 from ..nn.sharding import check_split
 
@@ -73,6 +74,27 @@ class Attention(mlx_nn.Module):
             ``[batch, length, heads * head_dim]``.
         """
         batch, length, _ = queries.shape
+        plain = mask is None or (isinstance(mask, str) and mask == "causal")
+        rotation = self.rope.rotation if plain and isinstance(self.rope, Rope) else None
+        rows = None if rotation is None else _room_in(cache, queries)
+        if rotation is not None and cache is not None and rows is not None:
+            if query_norm is not None:
+                queries = query_norm(queries.reshape(batch, length, self.n_heads, self.head_dim)).flatten(2)
+            if key_norm is not None:
+                keys = key_norm(keys.reshape(batch, length, self.n_kv_heads, self.head_dim)).flatten(2)
+            y, cache.keys, cache.values = ops.cached_attention(
+                queries,
+                keys,
+                values,
+                *rows,
+                offset=cache.offset,
+                rotation=rotation,
+                scale=self.scale,
+                causal=mask is not None,
+                backend=training_backend(self),
+            )
+            cache.offset += length
+            return y
         queries = queries.reshape(batch, length, self.n_heads, self.head_dim)
         keys = keys.reshape(batch, length, self.n_kv_heads, self.head_dim)
         values = values.reshape(batch, length, self.n_kv_heads, self.head_dim).transpose(0, 2, 1, 3)
@@ -85,13 +107,12 @@ class Attention(mlx_nn.Module):
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        plain = mask is None or (isinstance(mask, str) and mask == "causal")
         if plain and not hasattr(cache, "bits"):  # which a quantized cache has
             backend = training_backend(self)
             return ops.attention(
                 queries, keys, values, scale=self.scale, causal=mask is not None, backend=backend
             )
-        y: mx.array = scaled_dot_product_attention(
+        y = scaled_dot_product_attention(
             queries,
             keys,
             values,
@@ -135,6 +156,14 @@ class Attention(mlx_nn.Module):
                 setattr(self, name, _ReplicatedNorm(self[name], group))
         self.n_heads //= group.size()
         self.n_kv_heads //= group.size()
+
+
+def _room_in(cache: Any | None, x: mx.array) -> tuple[mx.array, mx.array] | None:
+    """The arrays of a plain cache that has allocated room for the rows of ``x``, else None."""
+    if type(cache) is not KVCache or cache.keys is None or cache.values is None:
+        return None
+    fits = cache.keys.dtype == x.dtype and cache.offset + x.shape[1] <= cache.keys.shape[2]
+    return (cache.keys, cache.values) if fits else None
 
 
 class _ReplicatedNorm(RMSNorm):

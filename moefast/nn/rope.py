@@ -38,6 +38,13 @@ class Rope(mlx.nn.Module):
         self.factor = factor
         self._freqs = freqs  # no parameter
 
+    @property
+    def rotation(self) -> ops.Rotation | None:
+        """The settings, unless a factor makes them more than a rotation."""
+        if self.factor != 1.0:
+            return None
+        return ops.Rotation(self.dims, self.traditional, self.base, self.scale, self._freqs)
+
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """x: ``[batch, heads, length, head_dim]``, offset: of all rows or ``[batch]`` -> the shape of x."""
         if self.factor != 1.0:

@@ -1,6 +1,7 @@
 """The operations. Each checks its arguments, describes the problem and hands it to a backend."""
 
 from .attention import attention
+from .cached_attention import Rotation, cached_attention
 from .experts import experts, switch_glu
 from .moe import moe
 from .norm import layer_norm, rms_norm
@@ -9,7 +10,9 @@ from .rope import rope
 from .route import route
 
 __all__ = [
+    "Rotation",
     "attention",
+    "cached_attention",
     "experts",
     "layer_norm",
     "moe",

@@ -17,7 +17,7 @@ from .flat import arrays_of, multiplied, reference_of, rounded
 from .loading import bindings
 
 # What a layer does between its products. These need no plan: they take what the reference takes.
-BESIDE_EXPERTS = ("attention", "rms_norm", "layer_norm", "rope")
+BESIDE_EXPERTS = ("attention", "cached_attention", "rms_norm", "layer_norm", "rope")
 
 
 def bind(problem: Problem) -> Bound:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...registry import Backend, Kernel
-from .attention import attention
+from .attention import attention, cached_attention
 from .experts import experts, moe, switch_glu
 from .matmul import dense
 from .norm import layer_norm, rms_norm
@@ -19,6 +19,7 @@ REFERENCE = Backend(
         "moe": Kernel(moe),
         "quantized_matmul": Kernel(dense),
         "attention": Kernel(attention),
+        "cached_attention": Kernel(cached_attention),
         "rms_norm": Kernel(rms_norm),
         "layer_norm": Kernel(layer_norm),
         "rope": Kernel(rope),
