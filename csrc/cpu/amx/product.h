@@ -189,7 +189,6 @@ struct Tiled {
       const uint16_t* x = pack + b / 2 * (2 * kPage) + b % 2 * kHalfPage;
       for (int t = 0; t < 4; ++t) {
         if (kFill && filler.whole(b + 1)) {
-          filler.fetch(b + 1, 8 * t);
           Columns::step(
               a + tile_in_block(t), x + tile_in_block(t), column, t,
               [&](int first, int count) { filler.fill_rows(b + 1, 8 * t + first, count); });

@@ -181,8 +181,9 @@ struct PlainWeights {
 };
 
 // Values [from, from + count) of rows [row, row + 32) of a weight, on their way into a panel. Rows
-// from `end` on are zero. The 32 rows that come next are fetched meanwhile, line after line: what
-// the hardware's own prefetchers like best.
+// from `end` on are zero. The 32 rows that come next are fetched meanwhile, line after line (what
+// the hardware's own prefetchers like best), and a line at a time: a core can wait for 16 lines,
+// and tiles on their way from the second cache need those, too.
 template <class Weights>
 class Filler {
  public:
@@ -221,11 +222,15 @@ class Filler {
     }
   }
 
-  // Block b, a whole one, of rows [first, first + count).
+  // Block b, a whole one, of rows [first, first + count); fetches what takes its place.
   inline __attribute__((always_inline)) void fill_rows(int64_t b, int64_t first, int count) const {
     const uint8_t* part = part_ + first * row_bytes_ + b * block_bytes_;
     uint16_t* to = panel_.block(b) + (first / 16) * kHalf + (first % 16) * 32;
+    const uint8_t* later = later_ + (32 * b + first) * block_bytes_;
     for (int r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < block_bytes_; i += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(later + r * block_bytes_ + i), _MM_HINT_T1);
+      }
       Weights::row(format_, part + r * row_bytes_, b, kTileBlock, scales_[first + r], to + r * 32);
     }
   }
