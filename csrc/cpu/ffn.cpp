@@ -11,6 +11,11 @@ namespace {
 constexpr int64_t kSumBytes = 512 << 10;
 constexpr int64_t kMostColumns = 256;
 
+// From so many tokens on a piece takes so many times the rows that memory alone would ask for:
+// there are pieces enough for all threads, and each has a beginning that nothing overlaps.
+constexpr int64_t kManyTokens = 64;
+constexpr int64_t kManyRows = 8;
+
 // Rows [begin, end) of the gate and up weights of one expert.
 struct Piece {
   int32_t expert;
@@ -43,7 +48,7 @@ class Run {
     for (size_t e = 0; e < experts.size(); ++e) {
       const Matrix& up = experts[e].up.matrix;
       const int64_t routes = experts[e].end - experts[e].begin;
-      const int64_t step = rows_per_piece(up);
+      const int64_t step = rows_per_piece(up) * (work_.x.count < kManyTokens ? 1 : kManyRows);
       for (int64_t n = 0; n < up.out; n += step) {
         pieces_.push_back({static_cast<int32_t>(e), n, std::min(up.out, n + step)});
       }
