@@ -11,10 +11,9 @@ namespace {
 constexpr int64_t kSumBytes = 512 << 10;
 constexpr int64_t kMostColumns = 256;
 
-// From so many tokens on a piece takes so many times the rows that memory alone would ask for:
-// there are pieces enough for all threads, and each has a beginning that nothing overlaps.
-constexpr int64_t kManyTokens = 64;
-constexpr int64_t kManyRows = 8;
+// A product that packs its rows has a beginning that nothing overlaps, and needs a piece's weights
+// only once: its pieces are so many times larger.
+constexpr int64_t kPackedPieces = 8;
 
 // Rows [begin, end) of the gate and up weights of one expert.
 struct Piece {
@@ -48,7 +47,9 @@ class Run {
     for (size_t e = 0; e < experts.size(); ++e) {
       const Matrix& up = experts[e].up.matrix;
       const int64_t routes = experts[e].end - experts[e].begin;
-      const int64_t step = rows_per_piece(up) * (work_.x.count < kManyTokens ? 1 : kManyRows);
+      const bool packed =
+          routes > 16 && !find_product(isa_, up.format, work_.precision, up.in, routes)->by_row;
+      const int64_t step = rows_per_piece(up) * (packed ? kPackedPieces : 1);
       for (int64_t n = 0; n < up.out; n += step) {
         pieces_.push_back({static_cast<int32_t>(e), n, std::min(up.out, n + step)});
       }
