@@ -69,6 +69,32 @@ def plan(
 def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
     """See :func:`moefast.ops.attention`."""
 
+def embed(
+    indices: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    global_scale: mx.array | None,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """See :func:`moefast.ops.embed`."""
+
+def embed_of(
+    group_size: int,
+    bits: int,
+    mode: str,
+    has_global_scale: bool,
+    indices: mx.array,
+    layer: object,
+    type: type,
+    low: int,
+    high: int,
+    /,
+) -> mx.array | None:
+    """See :class:`moefast.registry.Bound`."""
+
 def configure(threads: int, isa: str) -> None:
     """Settings of the engine; ValueError once it runs with others."""
 

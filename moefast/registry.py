@@ -33,9 +33,11 @@ class Problem(NamedTuple):
     """Everything a backend may base its choice on: static facts, no array values.
 
     Attributes:
-        op: name of the operation: ``route``, ``switch_glu``, ``experts``, ``moe``, ``quantized_matmul``.
+        op: name of the operation: ``route``, ``switch_glu``, ``experts``, ``moe``, ``quantized_matmul``;
+            beside the experts ``attention``, ``cached_attention``, ``rms_norm``, ``layer_norm``, ``rope``,
+            ``embed``.
         device: ``cpu`` or ``gpu``: where MLX would run it now.
-        dtype: of ``x`` (of ``logits`` for ``route``).
+        dtype: of ``x`` (of ``logits`` for ``route``, of the output for ``embed``).
         phase: ``empty`` (no tokens), ``decode`` (1), ``band`` (2-127) or ``prefill`` (128 and more).
         details: the operation's own static facts: specs and layouts, in the order its module documents.
     """
@@ -68,9 +70,9 @@ class Bound(NamedTuple):
         run: the operation, with the arguments of the reference's function.
         of_layers: the same on the layers that hold the arrays, read at each call, or None where the backend
             has no such way. It answers None when the call is of another kind by now: other shapes, dtypes,
-            arrays or types of layers, or not ``low..high`` tokens. ``quantized_matmul``: ``(x, layer, type,
-            low, high)``. ``moe``: ``(x, logits, selection_bias, experts, shared, shared_gate, types, low,
-            high)``, ``types`` being those of the projections in that order.
+            arrays or types of layers, or not ``low..high`` tokens. ``quantized_matmul`` and ``embed``: ``(x,
+            layer, type, low, high)``. ``moe``: ``(x, logits, selection_bias, experts, shared, shared_gate,
+            types, low, high)``, ``types`` being those of the projections in that order.
     """
 
     run: Callable[..., Any]

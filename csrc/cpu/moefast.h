@@ -255,6 +255,15 @@ int moefast_rope(moefast_engine* engine,
                  const int64_t* offsets,
                  const moefast_heads* out);
 
+/* Rows of a dense quantized weight without bias, dequantized in float32 and rounded once:
+ * out [count, in_dims] = weight[indices]. Each index is in 0..out_dims - 1. */
+int moefast_embed(moefast_engine* engine,
+                  const moefast_projection* weight,
+                  const int32_t* indices,
+                  int64_t count,
+                  void* out,
+                  int32_t out_dtype);
+
 /* Best of a few timed runs, in bytes per second: `threads` of the engine read `bytes` bytes each,
  * once. */
 int moefast_measure_read(moefast_engine* engine,

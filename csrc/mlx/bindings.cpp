@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "cached_attention.h"
 #include "call.h"
+#include "embed.h"
 #include "layers.h"
 #include "norm.h"
 #include "primitive.h"
@@ -214,6 +215,9 @@ NB_MODULE(_native, m) {
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
   m.def("rope", &rope, "x"_a, "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a, "offset"_a,
         "freqs"_a.none());
+  m.def("embed", &embed, "indices"_a, "weight"_a, "scales"_a, "biases"_a.none(),
+        "global_scale"_a.none(), "group_size"_a, "bits"_a, "mode"_a);
+  m.def("embed_of", &embed_of);
 
   m.def("configure", &configure, "threads"_a, "isa"_a);
   m.def("isas", &isas);

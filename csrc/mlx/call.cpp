@@ -4,6 +4,7 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <utility>
 
 #include "spec.h"
 
@@ -47,42 +48,22 @@ Failures& failures() {
 }
 
 template <class Integer>
-std::vector<int32_t> read_as(const Plan& plan, const View& view) {
+std::vector<int32_t> read_as(const std::string& operation,
+                             const View& view,
+                             int64_t low,
+                             int64_t high) {
   const auto* from = reinterpret_cast<const Integer*>(view.data);
-  const int64_t num_experts = plan.experts->up.form.num_experts;
   std::vector<int32_t> indices;
   each(view, 0, 0, [&](int64_t offset) {
     const Integer index = from[offset];
-    if (index < Integer{0} || static_cast<uint64_t>(index) >= static_cast<uint64_t>(num_experts)) {
-      fail(MOEFAST_BAD_VALUE, "[" + plan.name + "] indices must be in 0.." +
-                                  std::to_string(num_experts - 1) + ", got " +
-                                  std::to_string(index) + ".");
+    if (std::cmp_less(index, low) || std::cmp_greater(index, high)) {
+      fail(MOEFAST_BAD_VALUE, "[" + operation + "] indices must be in " + std::to_string(low) +
+                                  ".." + std::to_string(high) + ", got " + std::to_string(index) +
+                                  ".");
     }
     indices.push_back(static_cast<int32_t>(index));
   });
   return indices;
-}
-
-// In the width they come in: a cast could wrap around into the range.
-std::vector<int32_t> read_indices(const Plan& plan, const View& view) {
-  switch (view.dtype.val()) {
-    case mx::Dtype::Val::uint8:
-      return read_as<uint8_t>(plan, view);
-    case mx::Dtype::Val::int8:
-      return read_as<int8_t>(plan, view);
-    case mx::Dtype::Val::uint16:
-      return read_as<uint16_t>(plan, view);
-    case mx::Dtype::Val::int16:
-      return read_as<int16_t>(plan, view);
-    case mx::Dtype::Val::uint32:
-      return read_as<uint32_t>(plan, view);
-    case mx::Dtype::Val::int32:
-      return read_as<int32_t>(plan, view);
-    case mx::Dtype::Val::uint64:
-      return read_as<uint64_t>(plan, view);
-    default:
-      return read_as<int64_t>(plan, view);
-  }
 }
 
 class Builder {
@@ -160,7 +141,7 @@ int dispatch(const Call& call) {
   const Networks networks(call);
   std::vector<int32_t> indices;
   if (plan.indices >= 0) {
-    indices = read_indices(plan, call.indices);
+    indices = read_indices(plan.name, call.indices, 0, plan.experts->up.form.num_experts - 1);
   }
   auto* const on = engine();
   switch (plan.op) {
@@ -245,6 +226,31 @@ void run(const Call& call) {
 void throw_if_failed(int status) {
   if (status != MOEFAST_OK) {
     fail(status, moefast_error());
+  }
+}
+
+// In the width they come in: a cast could wrap around into the range.
+std::vector<int32_t> read_indices(const std::string& operation,
+                                  const View& view,
+                                  int64_t low,
+                                  int64_t high) {
+  switch (view.dtype.val()) {
+    case mx::Dtype::Val::uint8:
+      return read_as<uint8_t>(operation, view, low, high);
+    case mx::Dtype::Val::int8:
+      return read_as<int8_t>(operation, view, low, high);
+    case mx::Dtype::Val::uint16:
+      return read_as<uint16_t>(operation, view, low, high);
+    case mx::Dtype::Val::int16:
+      return read_as<int16_t>(operation, view, low, high);
+    case mx::Dtype::Val::uint32:
+      return read_as<uint32_t>(operation, view, low, high);
+    case mx::Dtype::Val::int32:
+      return read_as<int32_t>(operation, view, low, high);
+    case mx::Dtype::Val::uint64:
+      return read_as<uint64_t>(operation, view, low, high);
+    default:
+      return read_as<int64_t>(operation, view, low, high);
   }
 }
 

@@ -46,6 +46,13 @@ int failed_with(const char* text);
 // Throws what moefast_error() says, as run() does. To be called on a stream's thread.
 void throw_if_failed(int status);
 
+// The integers of a view, in row-major order. Throws as throw_if_failed() does where one is not in
+// low..high. To be called on a stream's thread.
+std::vector<int32_t> read_indices(const std::string& operation,
+                                  const View& view,
+                                  int64_t low,
+                                  int64_t high);
+
 // The process's engine is made at its first use, so that importing starts no threads, and never
 // destroyed: at exit, threads of MLX may still be in it.
 void configure(int threads, std::string isa);

@@ -1,6 +1,7 @@
-"""Dense layers whose products go through :func:`moefast.quantized_matmul`.
+"""Dense layers whose products go through :func:`moefast.quantized_matmul`, and quantized embeddings whose
+rows come from :func:`moefast.ops.embed`.
 
-They are MLX's layers, parameters and all; only the product is handed to a backend. On a CPU that is
+They are MLX's layers, parameters and all; only these two are handed to a backend. On a CPU that is
 worth most of a model's speed, and its accuracy: MLX's CPU sums quantized bfloat16 products in bfloat16.
 """
 
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn
 
 from .projection import plain, quantized
-from .recall import product
+from .recall import product, rows
 
 
 class Linear(mlx.nn.Linear):
@@ -66,6 +67,10 @@ class Embedding(mlx.nn.Embedding):
 
 class QuantizedEmbedding(mlx.nn.QuantizedEmbedding):
     """A quantized :class:`Embedding`. See :class:`mlx.nn.QuantizedEmbedding`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: integers ``[...]`` -> ``[..., dims]``."""
+        return rows(self, x)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The head. x: ``[..., dims]`` -> ``[..., num_embeddings]``."""

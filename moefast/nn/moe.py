@@ -164,7 +164,7 @@ class MoE(mlx.nn.Module):
             shared[0].activation if shared else None,
             type(shared[0]) if shared else type(None),
         )
-        self._recall = Recall(choice, x, tuple(type(layer) for layer in layers), facts)
+        self._recall = Recall(choice, x.shape, tuple(type(layer) for layer in layers), facts)
 
     def check_shard(self, group: mx.distributed.Group) -> None:
         """Raise ValueError where :meth:`shard` would."""

@@ -15,9 +15,11 @@ import mlx.core as mx
 import mlx.nn
 
 from ..backends import registry
-from ..ops.quantized_matmul import choose
+from ..ops.embed import choose as choose_rows
+from ..ops.quantized_matmul import choose as choose_product
 from ..registry import PHASES, Choice, phase_of
-from ..weights import Projection
+from ..weights import Projection, Shape
+from .projection import quantized
 
 
 class Recall:
@@ -25,17 +27,17 @@ class Recall:
 
     Args:
         choice: what ran.
-        x: what it ran on.
+        shape: of what it ran on, ``[..., features]``.
         types: of the layers whose arrays it read, as :attr:`of_layers` takes them.
-        facts: what has to be the same, by identity, the next time.
+        facts: what else has to be the same the next time.
     """
 
     __slots__ = ("default", "facts", "high", "low", "of_layers", "types")
 
-    def __init__(self, choice: Choice, x: mx.array, types: Any, facts: tuple[Any, ...] = ()):
+    def __init__(self, choice: Choice, shape: Shape, types: Any, facts: tuple[Any, ...] = ()):
         assert choice.of_layers is not None
         self.of_layers: Callable[..., Any] = choice.of_layers
-        self.low, self.high = PHASES[phase_of(x.shape)]
+        self.low, self.high = PHASES[phase_of(shape)]
         self.default = registry.default
         self.types = types
         self.facts = facts
@@ -57,9 +59,35 @@ def product(layer: mlx.nn.Module, x: mx.array, weight_of: Callable[[mlx.nn.Modul
         y: mx.array | None = recall.of_layers(x, layer, recall.types, recall.low, recall.high)
         if y is not None:
             return y
-    projection = weight_of(layer)
-    choice = choose(x, projection, training_backend(layer))
-    if choice.of_layers is not None and not layer.training:
-        own["_recall"] = Recall(choice, x, type(layer))
-    in_full: mx.array = choice.run(x, projection)
+    weight = weight_of(layer)
+    choice = choose_product(x, weight, training_backend(layer))
+    _remember(layer, "_recall", choice, x.shape, ())
+    in_full: mx.array = choice.run(x, weight)
     return in_full
+
+
+def rows(layer: mlx.nn.Module, x: mx.array) -> mx.array:
+    """``weight[x]`` of a quantized embedding; remembered beside the product that a tied one is used for."""
+    own = layer.__dict__
+    recall = own.get("_recall_rows")
+    # Shapes do not tell 4 bits in groups of 64 from 8 in groups of 32.
+    packing = layer.bits, layer.group_size, layer.mode
+    if (
+        recall is not None
+        and not own["_training"]
+        and registry.default == recall.default
+        and recall.facts == packing
+    ):
+        y: mx.array | None = recall.of_layers(x, layer, recall.types, recall.low, recall.high)
+        if y is not None:
+            return y
+    weight = quantized(layer)
+    choice = choose_rows(x, weight, training_backend(layer))
+    _remember(layer, "_recall_rows", choice, (*x.shape, 1), packing)
+    in_full: mx.array = choice.run(x, weight)
+    return in_full
+
+
+def _remember(layer: mlx.nn.Module, name: str, choice: Choice, shape: Shape, facts: tuple[Any, ...]) -> None:
+    if choice.of_layers is not None and not layer.training:
+        layer.__dict__[name] = Recall(choice, shape, type(layer), facts)

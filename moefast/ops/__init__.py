@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .cached_attention import Rotation, cached_attention
+from .embed import embed
 from .experts import experts, switch_glu
 from .moe import moe
 from .norm import layer_norm, rms_norm
@@ -13,6 +14,7 @@ __all__ = [
     "Rotation",
     "attention",
     "cached_attention",
+    "embed",
     "experts",
     "layer_norm",
     "moe",

@@ -11,17 +11,19 @@ import mlx.core as mx
 from ...registry import Bound, Problem
 from ...routing import Routing
 from ...specs import RouterSpec
-from ...weights import ExpertWeights, Projection, SharedExpert, dtype_name
+from ...weights import ExpertWeights, Layout, Projection, SharedExpert, dtype_name
 from . import dtypes
 from .flat import arrays_of, multiplied, reference_of, rounded
 from .loading import bindings
 
 # What a layer does between its products. These need no plan: they take what the reference takes.
-BESIDE_EXPERTS = ("attention", "cached_attention", "rms_norm", "layer_norm", "rope")
+BESIDE_EXPERTS = ("attention", "cached_attention", "rms_norm", "layer_norm", "rope", "embed")
 
 
 def bind(problem: Problem) -> Bound:
     """What runs a problem."""
+    if problem.op == "embed":
+        return _bind_embed(problem)
     if problem.op in BESIDE_EXPERTS:
         return Bound(getattr(bindings().native, problem.op))
     if not bindings().native:
@@ -60,6 +62,21 @@ def _operator(op: str, dtype: str, details: tuple[Any, ...]) -> Any:
         return make([dtype], layout=layout, out_dtype=out)
     _, _, mix, combine_dtype = details
     return make([dtype, multiplied(mix, combine_dtype)], layout=layout, out_dtype=out)
+
+
+def _bind_embed(problem: Problem) -> Bound:
+    (layout,) = problem.details
+    assert isinstance(layout, Layout)
+    assert layout.quant is not None
+    native, quant = bindings().native, layout.quant
+    packing = quant.group_size, quant.bits, quant.mode
+
+    def run(indices: mx.array, weight: Projection) -> mx.array:
+        p = weight
+        y: mx.array = native.embed(indices, p.weight, p.scales, p.biases, p.global_scale, *packing)
+        return y
+
+    return Bound(run, partial(native.embed_of, *packing, layout.global_scale))
 
 
 def _handle(weights: ExpertWeights | SharedExpert | Projection) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...registry import Backend, Kernel
 from .attention import attention, cached_attention
+from .embed import embed
 from .experts import experts, moe, switch_glu
 from .matmul import dense
 from .norm import layer_norm, rms_norm
@@ -23,5 +24,6 @@ REFERENCE = Backend(
         "rms_norm": Kernel(rms_norm),
         "layer_norm": Kernel(layer_norm),
         "rope": Kernel(rope),
+        "embed": Kernel(embed),
     },
 )
