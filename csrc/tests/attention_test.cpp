@@ -3,12 +3,14 @@
 // All dtypes; lengths that fill no tile; grouped queries; rows apart from one another, beside pages
 // that must not be touched; infinity and NaN; the same bits from any number of threads.
 #include <cmath>
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "expect.h"
-#include "isa.h"
+#include "isas.h"
 #include "weights.h"
 
 namespace moefast::testing {
@@ -68,8 +70,19 @@ class Heads {
         batch * about_.batch_stride + head * about_.head_stride + row * about_.row_stride + i;
     return memory_->data() + index * size_of(about_.dtype);
   }
-  double value(int64_t batch, int64_t head, int64_t row, int64_t i) const {
-    return value_of(about_.dtype, at(batch, head, row, i));
+  // All of them, [batch, heads, length, dims].
+  std::vector<double> values() const {
+    std::vector<double> all;
+    for (int64_t b = 0; b < about_.batch; ++b) {
+      for (int64_t h = 0; h < about_.heads; ++h) {
+        for (int64_t row = 0; row < about_.length; ++row) {
+          for (int64_t i = 0; i < about_.dims; ++i) {
+            all.push_back(value_of(about_.dtype, at(b, h, row, i)));
+          }
+        }
+      }
+    }
+    return all;
   }
 
  private:
@@ -90,16 +103,22 @@ struct Inputs {
 std::vector<double> expected(const Case& c, const Inputs& in) {
   std::vector<double> out;
   const int64_t heads = c.kv_heads * c.group;
+  const std::vector<double> queries = in.q.values(), keys = in.k.values(), values = in.v.values();
   for (int64_t b = 0; b < c.batch; ++b) {
     for (int64_t row = 0; row < c.length; ++row) {
       for (int64_t h = 0; h < heads; ++h) {
+        const double* q =
+            &queries[static_cast<size_t>(((b * heads + h) * c.length + row) * c.dims)];
+        const int64_t first = (b * c.kv_heads + h / c.group) * c.keys;
+        const double* k = &keys[static_cast<size_t>(first * c.dims)];
+        const double* v = &values[static_cast<size_t>(first * c.value_dims)];
         const int64_t seen = c.causal ? row + 1 + c.keys - c.length : c.keys;
         std::vector<double> weights(static_cast<size_t>(seen));
         double most = -INFINITY, total = 0;
         for (int64_t j = 0; j < seen; ++j) {
           double score = 0;
           for (int64_t i = 0; i < c.dims; ++i) {
-            score += in.q.value(b, h, row, i) * in.k.value(b, h / c.group, j, i);
+            score += q[i] * k[j * c.dims + i];
           }
           weights[static_cast<size_t>(j)] = score * static_cast<double>(in.scale);
           most = std::fmax(most, weights[static_cast<size_t>(j)]);
@@ -111,7 +130,7 @@ std::vector<double> expected(const Case& c, const Inputs& in) {
         for (int64_t i = 0; i < c.value_dims; ++i) {
           double sum = 0;
           for (int64_t j = 0; j < seen; ++j) {
-            sum += weights[static_cast<size_t>(j)] * in.v.value(b, h / c.group, j, i);
+            sum += weights[static_cast<size_t>(j)] * v[j * c.value_dims + i];
           }
           out.push_back(sum / total);
         }
@@ -123,26 +142,17 @@ std::vector<double> expected(const Case& c, const Inputs& in) {
 
 // An engine for each instruction set and number of threads, made once.
 moefast_engine* engine(const char* isa, int threads) {
-  struct Made {
-    std::string isa;
-    int threads;
-    moefast_engine* engine;
+  struct Destroy {
+    void operator()(moefast_engine* engine) const { moefast_engine_destroy(engine); }
   };
-  static std::vector<Made> made;
-  for (const Made& one : made) {
-    if (one.isa == isa && one.threads == threads) {
-      return one.engine;
-    }
+  static std::map<std::pair<std::string, int>, std::unique_ptr<moefast_engine, Destroy>> made;
+  auto& kept = made[{isa, threads}];
+  if (kept == nullptr) {
+    moefast_engine* created = nullptr;
+    EXPECT(moefast_engine_create(threads, isa, &created) == MOEFAST_OK);
+    kept.reset(created);
   }
-  moefast_engine* created = nullptr;
-  EXPECT(moefast_engine_create(threads, isa, &created) == MOEFAST_OK);
-  made.push_back({isa, threads, created});
-  return created;
-}
-
-std::vector<const char*> isas() {
-  const char* names[8];
-  return {names, names + moefast_isas(names, 8)};
+  return kept.get();
 }
 
 int attend(moefast_engine* on, const Case& c, const Inputs& in, void* out) {
@@ -166,7 +176,8 @@ double allowed(int dtype, double value) {
 void check(const Case& c, uint64_t seed) {
   const Inputs in(c, seed);
   const std::vector<double> want = expected(c, in);
-  for (const char* isa : isas()) {
+  for (const Isa* each : isas()) {
+    const char* isa = each->name;
     const Guarded first(out_bytes(c));
     EXPECT(attend(engine(isa, 1), c, in, first.data()) == MOEFAST_OK);
     double worst = 0;
@@ -179,6 +190,11 @@ void check(const Case& c, uint64_t seed) {
       std::printf("  %s%s: %.3g of what is allowed\n", isa, name_of(c).c_str(), worst);
     }
     EXPECT(worst <= 1);
+    if (computes_like_portable(*each)) {
+      const Guarded theirs(out_bytes(c));
+      EXPECT(attend(engine("portable", 1), c, in, theirs.data()) == MOEFAST_OK);
+      EXPECT(std::memcmp(first.data(), theirs.data(), out_bytes(c)) == 0);
+    }
     for (int threads : {2, 3}) {
       const Guarded again(out_bytes(c), Guarded::kBegin);
       EXPECT(attend(engine(isa, threads), c, in, again.data()) == MOEFAST_OK);
@@ -240,9 +256,9 @@ void specials() {
             continue;  // the products overflow where those of float64 do not
           }
           const std::vector<double> want = expected(c, in);
-          for (const char* isa : isas()) {
+          for (const Isa* isa : isas()) {
             std::vector<float> out(want.size());
-            EXPECT(attend(engine(isa, 2), c, in, out.data()) == MOEFAST_OK);
+            EXPECT(attend(engine(isa->name, 2), c, in, out.data()) == MOEFAST_OK);
             bool same = true;
             for (size_t i = 0; i < want.size(); ++i) {
               const double got = static_cast<double>(out[i]);
@@ -253,7 +269,7 @@ void specials() {
               same = same && equal;
             }
             if (!same) {
-              std::printf("  %s: length %d, %g in %d at %d\n", isa, static_cast<int>(length),
+              std::printf("  %s: length %d, %g in %d at %d\n", isa->name, static_cast<int>(length),
                           special, which, static_cast<int>(key));
             }
             EXPECT(same);
@@ -277,9 +293,9 @@ void minus_infinity() {
         put(c.dtype, -static_cast<double>(INFINITY), in.k.at(0, 0, key, 0));
       }
       const std::vector<double> want = expected(c, in);
-      for (const char* isa : isas()) {
+      for (const Isa* isa : isas()) {
         std::vector<float> out(want.size());
-        EXPECT(attend(engine(isa, 2), c, in, out.data()) == MOEFAST_OK);
+        EXPECT(attend(engine(isa->name, 2), c, in, out.data()) == MOEFAST_OK);
         for (size_t i = 0; i < want.size(); ++i) {
           const double got = static_cast<double>(out[i]);
           EXPECT(hidden == c.keys ? std::isnan(got) : std::fabs(got - want[i]) <= 3e-6);
