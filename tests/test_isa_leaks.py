@@ -168,9 +168,7 @@ def test_an_instruction_for_some_cpus_is_found(architecture: str, tmp_path: Path
         ("struct S { S(); }; S made;", "runs when the library is loaded"),
     ],
 )
-def test_what_others_could_run_is_found(
-    source: str, message: str, architecture: str, tmp_path: Path
-) -> None:
+def test_what_others_could_run_is_found(source: str, message: str, architecture: str, tmp_path: Path) -> None:
     (problem,) = isa_problems(compiled(source, tmp_path))
     assert message in problem
 
