@@ -21,7 +21,8 @@ class Heads {
         int64_t dims,
         int64_t gap,
         bool by_row,
-        uint64_t seed) {
+        uint64_t seed)
+      : gap_(gap) {
     const int64_t row = dims + gap;
     const int64_t rows = batch * heads * length;
     about_ = {nullptr,
@@ -64,7 +65,21 @@ class Heads {
     return all;
   }
 
+  // What lies between the rows, which is nobody's.
+  std::vector<double> gaps() const {
+    const int64_t row = about_.dims + gap_;
+    const int64_t rows = about_.batch * about_.heads * about_.length;
+    std::vector<double> all;
+    for (int64_t i = 0; i < rows * row - gap_; ++i) {
+      if (i % row >= about_.dims) {
+        all.push_back(value_of(about_.dtype, memory_->data() + i * size_of(about_.dtype)));
+      }
+    }
+    return all;
+  }
+
  private:
+  int64_t gap_;
   moefast_heads about_{};
   std::unique_ptr<Guarded> memory_;
 };
