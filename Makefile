@@ -9,9 +9,9 @@ STAMP := $(VENV)/.installed
 
 # find, not $(wildcard), which does not descend into folders.
 cpp_files = find csrc kernels -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' \)
-BUILT_FROM := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -name '*.md')
+BUILT_FROM := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -name '*.md' -not -name '*.mk')
 
-.PHONY: help venv test test-all test-asan test-tsan lint format bench bench-ops wheel clean
+.PHONY: help venv test test-all test-asan test-tsan test-neon lint format bench bench-ops wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,8 @@ $(STAMP): pyproject.toml CMakeLists.txt $(BUILT_FROM)
 	> $(VENV)/build-requires.txt
 	$(BIN)/python -m pip install --quiet cmake ninja --requirement $(VENV)/build-requires.txt
 	$(BIN)/python -m pip install --quiet --no-build-isolation \
-	  --config-settings=build-dir=build/editable --editable ".[cpu,dev]"
+	  --config-settings=build-dir=build/editable --config-settings=cmake.define.MOEFAST_TESTS=ON \
+	  --editable ".[cpu,dev]"
 	@touch $@
 
 test: $(STAMP)  ## run the test suite without the slow tests
@@ -40,26 +41,7 @@ test: $(STAMP)  ## run the test suite without the slow tests
 test-all: $(STAMP)  ## run the test suite, slow tests included
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
-# The kernels alone: neither Python nor MLX is built with sanitizers. Leaks are not looked for, Python has
-# many; the C++ runtime is loaded early because the sanitizer looks for its exceptions there.
-test-asan: $(STAMP)  ## run the C++ tests and the kernels' tests under the address sanitizer
-	$(call sanitized,asan,address$(comma)undefined)
-	$(BIN)/cmake --build build/asan
-	$(BIN)/ctest --test-dir build/asan/csrc --output-on-failure --label-exclude speed
-	ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest tests/test_kernels.py --kernels "$$(echo build/asan/csrc/numpy/_kernels*.so)" $(ARGS)
-
-test-tsan: $(STAMP)  ## run the thread pool's tests under the thread sanitizer
-	$(call sanitized,tsan,thread) -DMOEFAST_PORTABLE=ON
-	$(BIN)/cmake --build build/tsan --target pool_test
-	$(NO_ASLR) build/tsan/csrc/tests/pool_test
-
-comma := ,
-# Where addresses are spread more widely than it knows, the thread sanitizer refuses to start.
-NO_ASLR := $(shell command -v setarch >/dev/null && echo setarch -R)
-sanitized = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=None \
-	  -DMOEFAST_TESTS=ON -DMOEFAST_SANITIZE=$(2) -DPython_EXECUTABLE=$(abspath $(BIN)/python)
+include csrc/checks.mk  # test-asan, test-tsan, test-neon
 
 lint: $(STAMP)  ## check style and types: ruff, mypy, clang-format
 	$(BIN)/ruff check

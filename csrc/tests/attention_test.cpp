@@ -3,13 +3,11 @@
 // All dtypes; lengths that fill no tile; grouped queries; rows apart from one another, beside pages
 // that must not be touched; infinity and NaN; the same bits from any number of threads.
 #include <cmath>
-#include <memory>
 #include <string>
 #include <vector>
 
-#include "expect.h"
-#include "isa.h"
-#include "weights.h"
+#include "engines.h"
+#include "random_heads.h"
 
 namespace moefast::testing {
 namespace {
@@ -29,54 +27,6 @@ std::string name_of(const Case& c) {
   return text;
 }
 
-// [batch, heads, length, dims] that ends, or begins, beside a page that must not be touched. Rows
-// are `gap` values apart; with `by_row` the heads of a position follow one another.
-class Heads {
- public:
-  Heads(int dtype,
-        int64_t batch,
-        int64_t heads,
-        int64_t length,
-        int64_t dims,
-        int64_t gap,
-        bool by_row,
-        uint64_t seed) {
-    const int64_t row = dims + gap;
-    const int64_t rows = batch * heads * length;
-    about_ = {nullptr,
-              dtype,
-              batch,
-              heads,
-              length,
-              dims,
-              heads * length * row,
-              by_row ? row : length * row,
-              by_row ? heads * row : row};
-    const int64_t count = rows == 0 ? 0 : rows * row - gap;
-    memory_ = std::make_unique<Guarded>(static_cast<size_t>(count * size_of(dtype)),
-                                        seed % 2 ? Guarded::kBegin : Guarded::kEnd);
-    about_.data = memory_->data();
-    Random random(seed);
-    for (int64_t i = 0; i < count; ++i) {
-      put(dtype, random.normal(), memory_->data() + i * size_of(dtype));
-    }
-  }
-
-  const moefast_heads& about() const { return about_; }
-  uint8_t* at(int64_t batch, int64_t head, int64_t row, int64_t i) const {
-    const int64_t index =
-        batch * about_.batch_stride + head * about_.head_stride + row * about_.row_stride + i;
-    return memory_->data() + index * size_of(about_.dtype);
-  }
-  double value(int64_t batch, int64_t head, int64_t row, int64_t i) const {
-    return value_of(about_.dtype, at(batch, head, row, i));
-  }
-
- private:
-  moefast_heads about_{};
-  std::unique_ptr<Guarded> memory_;
-};
-
 struct Inputs {
   Inputs(const Case& c, uint64_t seed)
       : q(c.dtype, c.batch, c.kv_heads * c.group, c.length, c.dims, 3, seed % 3 == 0, seed),
@@ -90,16 +40,22 @@ struct Inputs {
 std::vector<double> expected(const Case& c, const Inputs& in) {
   std::vector<double> out;
   const int64_t heads = c.kv_heads * c.group;
+  const std::vector<double> queries = in.q.values(), keys = in.k.values(), values = in.v.values();
   for (int64_t b = 0; b < c.batch; ++b) {
     for (int64_t row = 0; row < c.length; ++row) {
       for (int64_t h = 0; h < heads; ++h) {
+        const double* q =
+            &queries[static_cast<size_t>(((b * heads + h) * c.length + row) * c.dims)];
+        const int64_t first = (b * c.kv_heads + h / c.group) * c.keys;
+        const double* k = &keys[static_cast<size_t>(first * c.dims)];
+        const double* v = &values[static_cast<size_t>(first * c.value_dims)];
         const int64_t seen = c.causal ? row + 1 + c.keys - c.length : c.keys;
         std::vector<double> weights(static_cast<size_t>(seen));
         double most = -INFINITY, total = 0;
         for (int64_t j = 0; j < seen; ++j) {
           double score = 0;
           for (int64_t i = 0; i < c.dims; ++i) {
-            score += in.q.value(b, h, row, i) * in.k.value(b, h / c.group, j, i);
+            score += q[i] * k[j * c.dims + i];
           }
           weights[static_cast<size_t>(j)] = score * static_cast<double>(in.scale);
           most = std::fmax(most, weights[static_cast<size_t>(j)]);
@@ -111,7 +67,7 @@ std::vector<double> expected(const Case& c, const Inputs& in) {
         for (int64_t i = 0; i < c.value_dims; ++i) {
           double sum = 0;
           for (int64_t j = 0; j < seen; ++j) {
-            sum += weights[static_cast<size_t>(j)] * in.v.value(b, h / c.group, j, i);
+            sum += weights[static_cast<size_t>(j)] * v[j * c.value_dims + i];
           }
           out.push_back(sum / total);
         }
@@ -119,30 +75,6 @@ std::vector<double> expected(const Case& c, const Inputs& in) {
     }
   }
   return out;
-}
-
-// An engine for each instruction set and number of threads, made once.
-moefast_engine* engine(const char* isa, int threads) {
-  struct Made {
-    std::string isa;
-    int threads;
-    moefast_engine* engine;
-  };
-  static std::vector<Made> made;
-  for (const Made& one : made) {
-    if (one.isa == isa && one.threads == threads) {
-      return one.engine;
-    }
-  }
-  moefast_engine* created = nullptr;
-  EXPECT(moefast_engine_create(threads, isa, &created) == MOEFAST_OK);
-  made.push_back({isa, threads, created});
-  return created;
-}
-
-std::vector<const char*> isas() {
-  const char* names[8];
-  return {names, names + moefast_isas(names, 8)};
 }
 
 int attend(moefast_engine* on, const Case& c, const Inputs& in, void* out) {
@@ -166,7 +98,8 @@ double allowed(int dtype, double value) {
 void check(const Case& c, uint64_t seed) {
   const Inputs in(c, seed);
   const std::vector<double> want = expected(c, in);
-  for (const char* isa : isas()) {
+  for (const Isa* each : isas()) {
+    const char* isa = each->name;
     const Guarded first(out_bytes(c));
     EXPECT(attend(engine(isa, 1), c, in, first.data()) == MOEFAST_OK);
     double worst = 0;
@@ -179,6 +112,11 @@ void check(const Case& c, uint64_t seed) {
       std::printf("  %s%s: %.3g of what is allowed\n", isa, name_of(c).c_str(), worst);
     }
     EXPECT(worst <= 1);
+    if (computes_like_portable(*each)) {
+      const Guarded theirs(out_bytes(c));
+      EXPECT(attend(engine("portable", 1), c, in, theirs.data()) == MOEFAST_OK);
+      EXPECT(std::memcmp(first.data(), theirs.data(), out_bytes(c)) == 0);
+    }
     for (int threads : {2, 3}) {
       const Guarded again(out_bytes(c), Guarded::kBegin);
       EXPECT(attend(engine(isa, threads), c, in, again.data()) == MOEFAST_OK);
@@ -240,9 +178,9 @@ void specials() {
             continue;  // the products overflow where those of float64 do not
           }
           const std::vector<double> want = expected(c, in);
-          for (const char* isa : isas()) {
+          for (const Isa* isa : isas()) {
             std::vector<float> out(want.size());
-            EXPECT(attend(engine(isa, 2), c, in, out.data()) == MOEFAST_OK);
+            EXPECT(attend(engine(isa->name, 2), c, in, out.data()) == MOEFAST_OK);
             bool same = true;
             for (size_t i = 0; i < want.size(); ++i) {
               const double got = static_cast<double>(out[i]);
@@ -253,7 +191,7 @@ void specials() {
               same = same && equal;
             }
             if (!same) {
-              std::printf("  %s: length %d, %g in %d at %d\n", isa, static_cast<int>(length),
+              std::printf("  %s: length %d, %g in %d at %d\n", isa->name, static_cast<int>(length),
                           special, which, static_cast<int>(key));
             }
             EXPECT(same);
@@ -277,9 +215,9 @@ void minus_infinity() {
         put(c.dtype, -static_cast<double>(INFINITY), in.k.at(0, 0, key, 0));
       }
       const std::vector<double> want = expected(c, in);
-      for (const char* isa : isas()) {
+      for (const Isa* isa : isas()) {
         std::vector<float> out(want.size());
-        EXPECT(attend(engine(isa, 2), c, in, out.data()) == MOEFAST_OK);
+        EXPECT(attend(engine(isa->name, 2), c, in, out.data()) == MOEFAST_OK);
         for (size_t i = 0; i < want.size(); ++i) {
           const double got = static_cast<double>(out[i]);
           EXPECT(hidden == c.keys ? std::isnan(got) : std::fabs(got - want[i]) <= 3e-6);

@@ -1,15 +1,14 @@
-// Every product of every instruction set of this build and machine, against a loop in float64.
+// Every product of every instruction set of this build and machine, against a loop in float64 and
+// against portable.
 //
 // All formats and precisions; lengths that fill no block; one row, and more than any kernel takes
 // at once; parts of a matrix; weights of any alignment, and beside pages that must not be touched.
 // Prints a line for each instruction set and format.
 #include <algorithm>
 #include <cstdio>
-#include <memory>
 
-#include "guarded.h"
-#include "isa.h"
-#include "weights.h"
+#include "isas.h"
+#include "rows.h"
 
 namespace moefast::testing {
 namespace {
@@ -44,99 +43,14 @@ double bound(Precision precision, int64_t in, double outliers) {
   return precision == kFloat32 ? exact : exact + (precision == kFloat16 ? kept : 4e-3);
 }
 
-// Activations in their dtype, as float64, and prepared.
-class Rows {
- public:
-  Rows(const Product& product, const Format& format, int dtype, const Case& c, uint64_t seed)
-      : product_(product), count_(c.count), in_(c.in), dtype_(dtype) {
-    Random random(seed);
-    for (int64_t r = 0; r < count_; ++r) {
-      const size_t bytes = static_cast<size_t>(in_ * size_of(dtype));
-      raw_.push_back(std::make_unique<Guarded>(bytes, r % 2 ? Guarded::kBegin : Guarded::kEnd));
-      for (int64_t i = 0; i < in_; ++i) {
-        const double size = random.uniform() < c.outliers ? 60 : 1;
-        put(dtype, size * random.normal(), raw_.back()->data() + i * size_of(dtype));
-      }
-    }
-    const int64_t bytes = product.prepared_bytes(format, in_, count_);
-    if (bytes % 64 != 0) {
-      fail("%s: prepared_bytes is %lld", product.name, static_cast<long long>(bytes));
-    }
-    prepared_ = std::make_unique<Guarded>(static_cast<size_t>(bytes));
-    stride_ = count_ == 0 ? 0 : bytes / count_;
-    std::vector<const void*> raw;
-    for (const auto& row : raw_) {
-      raw.push_back(row->data());
-    }
-    usable_ = product.prepare(format, dtype, raw.data(), count_, in_, prepared_->data());
-  }
-
-  bool usable() const { return usable_; }
-  double value(int64_t row, int64_t i) const {
-    return value_of(dtype_, raw_[static_cast<size_t>(row)]->data() + i * size_of(dtype_));
-  }
-
-  void multiply(const Matrix& w,
-                int64_t begin,
-                int64_t end,
-                int64_t first,
-                int64_t count,
-                float* y,
-                int64_t ldy) const {
-    // What is ahead exists, but nothing but its address may matter.
-    const Ahead ahead = {w.weight, w.out * w.row_bytes, w.scales, w.biases};
-    if (!product_.by_row) {
-      const void* pack = prepared_->data();
-      product_.multiply(w, begin, end, &pack, count_, y, ldy, ahead);
-      return;
-    }
-    std::vector<const void*> rows;
-    for (int64_t r = first; r < first + count; ++r) {
-      rows.push_back(prepared_->data() + r * stride_);
-    }
-    product_.multiply(w, begin, end, rows.data(), count, y, ldy, ahead);
-  }
-
- private:
-  const Product& product_;
-  int64_t count_, in_;
-  int dtype_;
-  bool usable_;
-  int64_t stride_;
-  std::vector<std::unique_ptr<Guarded>> raw_;
-  std::unique_ptr<Guarded> prepared_;
-};
-
-// A result matrix with columns that nobody may write.
-class Result {
- public:
-  Result(int64_t count, int64_t columns)
-      : count_(count),
-        columns_(columns),
-        values_(static_cast<size_t>(count * (columns + kSpare)), kUntouched) {}
-
-  float* data() { return values_.data(); }
-  int64_t stride() const { return columns_ + kSpare; }
-  float at(int64_t row, int64_t column) const {
-    return values_[static_cast<size_t>(row * stride() + column)];
-  }
-  bool tidy() const {
-    for (int64_t r = 0; r < count_; ++r) {
-      for (int64_t i = columns_; i < stride(); ++i) {
-        if (at(r, i) != kUntouched) {
-          return false;
-        }
-      }
-    }
-    return true;
-  }
-
- private:
-  static constexpr int64_t kSpare = 3;
-  static constexpr float kUntouched = 12345.0f;
-  int64_t count_, columns_;
-  std::vector<float> values_;
-};
+Rows rows_of(
+    const Product& product, const Format& format, int dtype, const Case& c, uint64_t seed) {
+  Random random(seed);
+  return {product, format, dtype, c.count, c.in, [&](int64_t) {
+            const double size = random.uniform() < c.outliers ? 60 : 1;
+            return size * random.normal();
+          }};
+}
 
 struct Largest {
   double error = 0;
@@ -154,16 +68,21 @@ void check(const Isa& isa,
       *find_product(isa, format, precision, c.in, std::max<int64_t>(c.count, 1));
   const Weight weight(format, c.out, c.in, seed % 2 ? Guarded::kBegin : Guarded::kEnd, seed);
   const Matrix& w = weight.matrix();
-  const Rows rows(product, format, dtype, c, seed);
+  const Rows rows = rows_of(product, format, dtype, c, seed);
+  const Product& portable = *find_product(*isa_portable(), format, precision, c.in, c.count);
+  const Rows their_rows = rows_of(portable, format, dtype, c, seed);
   const std::string what = std::string(isa.name) + " " + product.name + " " + name_of(format) +
                            " for " + precision_name(precision) + ", out " + std::to_string(c.out) +
                            ", in " + std::to_string(c.in) + ", rows " + std::to_string(c.count);
-  if (!rows.usable()) {
+  if (!rows.usable() || !their_rows.usable()) {
     return fail("%s: cannot prepare", what.c_str());
   }
   Result all(c.count, c.out);
   rows.multiply(w, 0, c.out, 0, c.count, all.data(), all.stride());
-  double squares = 0;
+  Result theirs(c.count, c.out);
+  their_rows.multiply(w, 0, c.out, 0, c.count, theirs.data(), theirs.stride());
+  double squares = 0, apart = 0;
+  bool equal = true;
   for (int64_t n = 0; n < c.out; ++n) {
     std::vector<double> values;
     for (int64_t i = 0; i < c.in; ++i) {
@@ -176,15 +95,25 @@ void check(const Isa& isa,
         sum += term;
         size += term * term;
       }
-      const double error =
-          (all.at(r, n) - w.factor * sum) / (static_cast<double>(w.factor) * std::sqrt(size));
+      const double unit = static_cast<double>(w.factor) * std::sqrt(size);
+      const double error = (all.at(r, n) - w.factor * sum) / unit;
+      const double gap = (all.at(r, n) - static_cast<double>(theirs.at(r, n))) / unit;
       squares += error * error;
+      apart += gap * gap;
+      equal = equal && all.at(r, n) == theirs.at(r, n);
     }
   }
-  const double rms =
-      std::sqrt(squares / static_cast<double>(std::max<int64_t>(1, c.out * c.count)));
-  if (!(rms <= bound(precision, c.in, c.outliers))) {
-    fail("%s: error %.3g > %.3g", what.c_str(), rms, bound(precision, c.in, c.outliers));
+  const double values = static_cast<double>(std::max<int64_t>(1, c.out * c.count));
+  const double rms = std::sqrt(squares / values), gap = std::sqrt(apart / values);
+  const double allowed = bound(precision, c.in, c.outliers);
+  if (!(rms <= allowed)) {
+    fail("%s: error %.3g > %.3g", what.c_str(), rms, allowed);
+  }
+  if (!(gap <= allowed + bound(kFloat32, c.in, c.outliers))) {
+    fail("%s: %.3g from portable", what.c_str(), gap);
+  }
+  if (computes_like_portable(isa) && product.layout == portable.layout && !equal) {
+    fail("%s: not portable's bits", what.c_str());
   }
   largest.error = std::max(largest.error, rms);
   largest.product = product.name;
@@ -273,10 +202,8 @@ int main() {
   using namespace moefast;
   using namespace moefast::testing;
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // what was printed last tells where it crashed
-  const char* names[8];
-  const size_t isas = list_isas(names, 8);
-  for (size_t i = 0; i < isas; ++i) {
-    const Isa& isa = *find_isa(names[i]);
+  for (const Isa* each : isas()) {
+    const Isa& isa = *each;
     for (const Format& format : all_formats()) {
       std::printf("%-8s %-36s", isa.name, testing::name_of(format).c_str());
       for (Precision precision : {kFloat32, kFloat16, kBfloat16}) {

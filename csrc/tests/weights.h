@@ -88,14 +88,26 @@ inline void put(int dtype, double value, uint8_t* at) {
 // A random weight in memory of its own.
 class Weight {
  public:
-  Weight(const Format& format, int64_t out, int64_t in, Guarded::Side side, uint64_t seed)
+  // kWhole: whole numbers between -128 and 128, or halves of them, and factor 1.
+  enum Values { kAny, kWhole };
+
+  Weight(const Format& format,
+         int64_t out,
+         int64_t in,
+         Guarded::Side side,
+         uint64_t seed,
+         Values values = kAny)
       : matrix_(shape(format, out, in)),
         weight_(static_cast<size_t>(out * matrix_.row_bytes), side),
         scales_(static_cast<size_t>(out * matrix_.scale_bytes), side),
         biases_(static_cast<size_t>(out * matrix_.scale_bytes), side) {
     Random random(seed);
-    fill_codes(random);
-    fill_scales(random);
+    if (values == kAny) {
+      fill_codes(random);
+      fill_scales(random);
+    } else {
+      fill_whole(random);
+    }
     matrix_.weight = weight_.data();
     if (format.mode != MOEFAST_PLAIN) {
       matrix_.scales = scales_.data();
@@ -103,7 +115,7 @@ class Weight {
     if (format.mode == MOEFAST_AFFINE) {
       matrix_.biases = biases_.data();
     }
-    if (format.mode == MOEFAST_NVFP4) {
+    if (format.mode == MOEFAST_NVFP4 && values == kAny) {
       matrix_.factor = 3.7f / (448 * 6);
     }
   }
@@ -183,6 +195,33 @@ class Weight {
         scales_.data()[i] = static_cast<uint8_t>(118 + random.below(6));
       }
     }
+  }
+
+  void fill_whole(Random& random) {
+    const Matrix& m = matrix_;
+    const Format& f = m.format;
+    for (int64_t i = 0; i < m.out * m.row_bytes; ++i) {
+      uint8_t& code = weight_.data()[i];
+      do {
+        code = static_cast<uint8_t>(random.below(256));
+      } while (f.mode == MOEFAST_MXFP8 && !small_and_whole(minifloat(code, 4, 3)));
+    }
+    for (int64_t i = 0; f.mode == MOEFAST_PLAIN && i < m.out * m.in; ++i) {
+      put(f.dtype, random.below(17) - 8, weight_.data() + i * size_of(f.dtype));
+    }
+    const int64_t size = f.mode == MOEFAST_AFFINE ? size_of(f.dtype) : 1;
+    for (int64_t i = 0; i < m.out * m.scale_bytes; i += size) {
+      if (f.mode == MOEFAST_AFFINE) {
+        put(f.dtype, 1, scales_.data() + i);
+        put(f.dtype, -(1 << (f.bits - 1)), biases_.data() + i);
+      } else {
+        scales_.data()[i] = f.mode == MOEFAST_NVFP4 ? 0x38 : 127;  // 1
+      }
+    }
+  }
+
+  static bool small_and_whole(double value) {
+    return std::fabs(value) <= 8 && value == std::trunc(value);
   }
 
   Matrix matrix_;
