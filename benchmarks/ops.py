@@ -7,9 +7,11 @@ to mlx-lm's SwitchGLU and MLX's QuantizedLinear. An output is verified before it
 **Bytes moved** are what the operation cannot avoid: every weight that takes part read once (the stacks of
 the experts that at least one token chose; packed words, scales and offsets), activations, indices and
 routing weights read once, the output written once. Nothing between the projections is counted. GB/s is that
-over the median time; the roof is the bandwidth measured in the same run. **Operations** are two for each
-weight that a row is multiplied with; TFLOP/s and their part of the measured peak say how good a prefill is,
-which is bound by arithmetic rather than by memory.
+over the median time, the roof the bandwidth measured in the same run. Weights come from memory: each run
+takes the next of several copies, which together are larger than the caches (as a model's layers are), and
+other experts than the last. **Operations** are two for each weight that a row is multiplied with; TFLOP/s
+and their part of the measured peak say how good a prefill is, which is bound by arithmetic rather than by
+memory.
 
 Options (conftest.py): ``--case-seconds`` skips what would take longer, by the time of the last smaller
 case; ``--full`` runs everything and verifies every token.
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import cycle
 from typing import Any
 
 import mlx.core as mx
@@ -44,6 +47,8 @@ pytestmark = pytest.mark.timeout(0)
 _SEED = 0
 _ROWS = 8
 _ROUNDS = 20
+# What runs go through before they meet the same weight again: more than a processor's caches hold.
+_COLD_BYTES = 1 << 30
 _STOCK = ("mlx-lm bf16", "mlx-lm fp32")
 _BACKENDS = tuple(name for name, reason in moefast.backends().items() if reason is None)
 # A decoded token, a small batch, a band that fills tiles, a prefill.
@@ -67,12 +72,10 @@ class Layer:
     experts: dict[mx.Dtype, ExpertWeights]
     dense: dict[mx.Dtype, Projection]
 
-    def routing(self, tokens: int) -> Routing:
+    def routing(self, tokens: int, seed: int = _SEED) -> Routing:
         """What the reference makes of random logits."""
-        bias = self.selection_bias
-        routing = moefast.route(
-            normal(tokens, self.spec.num_experts), self.spec, selection_bias=bias, backend="reference"
-        )
+        logits = normal(tokens, self.spec.num_experts, seed)
+        routing = moefast.route(logits, self.spec, selection_bias=self.selection_bias, backend="reference")
         mx.eval(routing)
         return routing
 
@@ -106,9 +109,33 @@ def in_float32(p: Projection) -> Projection:
     return Projection(p.weight, scales, biases, bias=bias, quant=p.quant)
 
 
-def normal(tokens: int, features: int) -> mx.array:
+def copies_of(weight: Projection | ExpertWeights) -> list[Any]:
+    """The weight and as many copies of it as make _COLD_BYTES together."""
+    size = sum(p.nbytes for p in projections_of(weight))
+    return [weight, *(copied(weight) for _ in range(_COLD_BYTES // size))]
+
+
+def copied(weight: Any) -> Any:
+    """The same values in other memory."""
+    if isinstance(weight, ExpertWeights):
+        parts = {name: copied(getattr(weight, name)) for name in ("gate", "up", "down")}
+        return ExpertWeights(**parts, activation=weight.activation)
+    arrays = [
+        None if a is None else mx.array(np.array(a.view(mx.uint8))).view(a.dtype) for a in weight.arrays
+    ]
+    mx.eval([a for a in arrays if a is not None])
+    packed, scales, biases, bias, global_scale = arrays
+    return Projection(packed, scales, biases, bias=bias, global_scale=global_scale, quant=weight.quant)
+
+
+def projections_of(weight: Projection | ExpertWeights) -> tuple[Projection, ...]:
+    """The parts of a weight."""
+    return (weight,) if isinstance(weight, Projection) else tuple(weight.projections)
+
+
+def normal(tokens: int, features: int, seed: int = _SEED) -> mx.array:
     """Random ``[tokens, features]`` in bfloat16."""
-    x = mx.random.normal((tokens, features), key=mx.random.key(_SEED)).astype(mx.bfloat16)
+    x = mx.random.normal((tokens, features), key=mx.random.key(seed)).astype(mx.bfloat16)
     mx.eval(x)
     return x
 
@@ -164,12 +191,13 @@ class Bench:
             self._skip(f"would take about {expected:.0f} s")
 
     def __call__(
-        self, run: Callable[[], Any], verify: Callable[[Any], float], moved: int, flops: int = 0
+        self, runs: list[Callable[[], Any]], verify: Callable[[Any], float], moved: int, flops: int = 0
     ) -> None:
-        """Time ``run``, which returns arrays; ``verify`` raises AssertionError or returns their error."""
+        """Time ``runs`` in turn, each of which returns arrays; ``verify`` raises AssertionError or returns
+        the error of the first's."""
         try:
             start = time.perf_counter()
-            output = run()
+            output = runs[0]()
             mx.eval(output)
             seconds = time.perf_counter() - start
         except ValueError as refusal:
@@ -179,7 +207,8 @@ class Bench:
         if self._benchmark.disabled:
             return
         rounds = max(1, min(_ROUNDS, int(self._report.case_seconds / 2 / seconds)))
-        self._benchmark.pedantic(lambda: mx.eval(run()), rounds=rounds, warmup_rounds=rounds > 1)
+        turns = cycle(runs)
+        self._benchmark.pedantic(lambda: mx.eval(next(turns)()), rounds=rounds, warmup_rounds=rounds > 1)
         stats = self._benchmark.stats.stats
         figures = {"seconds": stats.median, "low": stats.min, "high": stats.max, "rounds": rounds}
         gb_s = moved / stats.median / 1e9
@@ -216,7 +245,7 @@ def test_route(benchmark: Any, report: Report, layer: Layer, tokens: int, subjec
         return testing.error(*weights).rms
 
     bench(
-        lambda: moefast.route(logits, layer.spec, selection_bias=bias, backend=subject),
+        [lambda: moefast.route(logits, layer.spec, selection_bias=bias, backend=subject)],
         verify,
         nbytes(logits, bias, *want),
     )
@@ -230,9 +259,10 @@ def test_experts(benchmark: Any, report: Report, layer: Layer, tokens: int, subj
     dtype = dtype_of(subject)
     w, routing = layer.experts[dtype], layer.routing(tokens)
     x = normal(tokens, w.layout.hidden).astype(dtype)
+    routings = [routing, *(layer.routing(tokens, _SEED + i) for i in range(1, _ROUNDS))]
     stack = nbytes(*(a for p in w.projections for a in p.arrays))
-    chosen = np.unique(np.asarray(routing.indices)).size
-    moved = stack * chosen // w.layout.num_experts + 2 * x.nbytes + nbytes(*routing)
+    chosen = float(np.mean([np.unique(np.asarray(r.indices)).size for r in routings]))
+    moved = int(stack * chosen / w.layout.num_experts) + 2 * x.nbytes + nbytes(*routing)
 
     def verify(got: mx.array) -> float:
         rows = rows_of(tokens, report.full)
@@ -241,13 +271,15 @@ def test_experts(benchmark: Any, report: Report, layer: Layer, tokens: int, subj
         limit = testing.bound(dtype, "experts", reductions=sizes, top_k=layer.spec.top_k)
         return judged(got[rows], want, limit, subject)
 
-    run = (
-        stock_experts(w, x, routing)
-        if subject in _STOCK
-        else lambda: moefast.experts(x, w, routing, backend=subject)
-    )
+    def run_of(w: ExpertWeights, r: Routing) -> Callable[[], mx.array]:
+        if subject in _STOCK:
+            return stock_experts(w, x, r)
+        return lambda: moefast.experts(x, w, r, backend=subject)
+
+    copies = cold(w)
+    runs = [run_of(copies[i % len(copies)], r) for i, r in enumerate(routings)]
     weights = sum(p.layout.out_dims * p.layout.in_dims for p in w.projections)
-    bench(run, verify, moved, 2 * tokens * layer.spec.top_k * weights)
+    bench(runs, verify, moved, 2 * tokens * layer.spec.top_k * weights)
 
 
 @pytest.mark.parametrize("subject", [*_STOCK, *_BACKENDS])
@@ -266,12 +298,20 @@ def test_quantized_matmul(benchmark: Any, report: Report, layer: Layer, tokens: 
         limit = testing.bound(dtype, "quantized_matmul", reductions=(p.layout.in_dims,))
         return judged(got[rows], want, limit, subject)
 
-    linear = stock_layer(mlx.nn.Linear(64, 64, bias=False).to_quantized(), p)
-    run = (
-        (lambda: linear(x)) if subject in _STOCK else lambda: moefast.quantized_matmul(x, p, backend=subject)
-    )
+    def run_of(p: Projection) -> Callable[[], mx.array]:
+        if subject in _STOCK:
+            linear = stock_layer(mlx.nn.Linear(64, 64, bias=False).to_quantized(), p)
+            return lambda: linear(x)
+        return lambda: moefast.quantized_matmul(x, p, backend=subject)
+
     moved = p.nbytes + x.nbytes + x.itemsize * tokens * p.layout.out_dims
-    bench(run, verify, moved, 2 * tokens * p.layout.out_dims * p.layout.in_dims)
+    bench([run_of(w) for w in cold(p)], verify, moved, 2 * tokens * p.layout.out_dims * p.layout.in_dims)
+
+
+@lru_cache(maxsize=1)  # shared by the cases of a weight that follow one another
+def cold(weight: Any) -> list[Any]:
+    """See :func:`copies_of`."""
+    return copies_of(weight)
 
 
 @lru_cache(maxsize=1)  # shared by the subjects of a case, which follow one another
