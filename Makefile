@@ -48,7 +48,7 @@ test-asan: $(STAMP)  ## run the C++ tests and the kernels' tests under the addre
 	$(BIN)/ctest --test-dir build/asan/csrc --output-on-failure --label-exclude speed
 	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest tests/test_kernels.py --kernels "$$(echo build/asan/csrc/numpy/_kernels*.so)" $(ARGS)
+	$(BIN)/python -m pytest tests/test_kernels*.py --kernels "$$(echo build/asan/csrc/numpy/_kernels*.so)" $(ARGS)
 
 test-tsan: $(STAMP)  ## run the thread pool's tests under the thread sanitizer
 	$(call sanitized,tsan,thread) -DMOEFAST_PORTABLE=ON
