@@ -175,6 +175,21 @@ def test_rows_may_be_any_distance_apart(floats: Floats, projection: MakeProjecti
     assert engine.matmul(deep, weight).shape == (2, 15, 48)
 
 
+@dtypes
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention(dtype: mx.Dtype, causal: bool, floats: Floats) -> None:
+    for length, keys, dims in ((1, 1, 128), (1, 700, 64), (3, 70, 40), (65, 130, 128), (200, 200, 17)):
+        q = floats(2, 4, length, dims, dtype=dtype)
+        k, v = floats(2, 2, keys, dims, dtype=dtype), floats(2, 2, keys, dims + 8, dtype=dtype)
+        heads, want = [as_numpy(a) for a in (q, k, v)], oracle.attention(q, k, v, dims**-0.5, causal)
+
+        def check(engine: Any, heads: Any = heads, want: Any = want) -> None:
+            y = as_mlx(engine.attention(*heads, scale=heads[0].shape[-1] ** -0.5, causal=causal), dtype)
+            assert_close(y, want, "attention", reductions=(heads[0].shape[-1], heads[1].shape[2]))
+
+        on_each(check)
+
+
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @dtypes
 def test_output_dtype(

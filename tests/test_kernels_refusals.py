@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_kernels import ISAS, kernels
+from strategies import quant_specs
 
-from moefast import Activation, QuantSpec
+from moefast import Activation, QuantSpec, RouterSpec
 
 W, X = np.ones((8, 16), np.float32), np.ones((3, 16), np.float32)
 PACKED, SCALES = np.zeros((8, 4), np.uint32), np.ones((8, 1), np.float32)
@@ -79,7 +81,79 @@ def test_matmul_refuses(x: Any, message: str) -> None:
         kernels.Engine(1).matmul(x, kernels.Projection(W))
 
 
+def shifted(array: Any) -> Any:
+    """The same values one byte off any alignment."""
+    moved = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    assert not moved.flags.aligned
+    return moved
+
+
+HEADS = np.ones((1, 2, 3, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": HEADS[0]}, r"queries must be \[batch, heads, length, dims\], got float32 \(2, 3, 8\)"),
+        ({"keys": HEADS[..., ::2]}, r"keys must have contiguous rows"),
+        ({"values": HEADS.astype(np.float64)}, r"values must be float32"),
+        ({"keys": HEADS[..., :7].copy()}, r"keys.dims must equal queries.dims=8, got 7"),
+        ({"keys": np.ones((1, 2, 0, 8), np.float32)}, r"values.length must equal keys.length=0, got 3"),
+        ({"keys": np.ones((2, 2, 3, 8), np.float32)}, r"keys.batch must equal queries.batch=1, got 2"),
+        ({"queries": np.ones((1, 3, 3, 8), np.float32)}, r"queries.heads must be a multiple of keys.heads=2"),
+        ({"queries": np.ones((1, 2, 4, 8), np.float32)}, r"keys.length must be at least queries.length=4"),
+        ({"values": np.ones((1, 2, 3, 0), np.float32)}, r"values must have .* dims >= 1, got 1, 3, 2 and 0"),
+    ],
+)
+def test_attention_refuses(change: dict[str, Any], message: str) -> None:
+    heads = {"queries": HEADS, "keys": HEADS, "values": HEADS} | change
+    with pytest.raises(ValueError, match=rf"\[attention\] {message}"):
+        kernels.Engine(1).attention(**heads, scale=1.0, causal=True)
+
+
 STACK = np.ones((4, 16, 16), np.float32)
+NVFP4 = {
+    "weight": np.zeros((2, 8, 2), np.uint32),
+    "scales": np.ones((2, 8, 1), np.uint8),
+    "quant": QuantSpec(mode="nvfp4", bits=4, group_size=16),
+}
+ROUTER = RouterSpec(num_experts=16, top_k=2)
+CHOICE, MIX = np.array([[0, 1], [2, 3], [1, 1]]), np.ones((3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda on: on.matmul(shifted(X), kernels.Projection(W)),
+        lambda on: on.switch_glu(shifted(X), experts_of(), CHOICE),
+        lambda on: on.experts(shifted(X), experts_of(), CHOICE, MIX),
+        lambda on: on.experts(X, experts_of(), CHOICE, shifted(MIX)),
+        lambda on: on.route(shifted(X), ROUTER),
+        lambda on: on.route(X, ROUTER, selection_bias=shifted(np.ones(16, np.float16))),
+        lambda on: on.route(X, ROUTER, expert_scale=shifted(np.ones(16, np.uint16))),
+        lambda on: on.moe(shifted(X), X[:, :4].copy(), RouterSpec(num_experts=4, top_k=2), experts_of()),
+        lambda on: on.moe(X, shifted(X[:, :4]), RouterSpec(num_experts=4, top_k=2), experts_of()),
+        lambda on: on.attention(HEADS, HEADS, shifted(HEADS), scale=1.0, causal=False),
+        lambda on: kernels.Projection(shifted(W)),
+        lambda on: kernels.Projection(W, bias=shifted(np.ones(8, np.float32))),
+        lambda on: kernels.Projection(shifted(PACKED), SCALES, SCALES, quant=QUANT),
+        lambda on: kernels.Projection(PACKED, shifted(SCALES), SCALES, quant=QUANT),
+        lambda on: kernels.Projection(PACKED, SCALES, shifted(SCALES), quant=QUANT),
+        lambda on: kernels.Projection(**NVFP4, global_scale=shifted(np.ones(2, np.float32))),
+    ],
+)
+def test_misaligned_arrays_are_refused(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"^\[\w+\] .* must (be|have) contiguous .*aligned, got "):
+        call(kernels.Engine(1))
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.uint32, np.int64, np.uint64])
+def test_misaligned_indices_are_copied(kind: Any) -> None:
+    """As integers of any width are."""
+    indices = CHOICE.astype(kind)
+    got, want = (kernels.Engine(1).switch_glu(X, experts_of(), i) for i in (shifted(indices), indices))
+    np.testing.assert_array_equal(got, want)
 
 
 def experts_of(stack: Any = STACK) -> Any:
@@ -146,6 +220,36 @@ def test_fuzz_matmul(weight: Any, scales: Any, biases: Any, x: Any, quant: Any) 
     except ValueError:
         return
     assert y.shape == (*x.shape[:-1], weight.shape[-2])
+
+
+@given(
+    quant=quant_specs(),
+    groups=st.integers(1, 9),
+    out=st.integers(1, 40),
+    tokens=st.integers(0, 20),
+    isa=st.sampled_from(ISAS),
+    dtypes=st.lists(st.sampled_from((np.float32, np.float16, np.uint16)), min_size=2, max_size=2),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_fuzz_bits(
+    quant: QuantSpec, groups: int, out: int, tokens: int, isa: str, dtypes: list[Any], seed: int
+) -> None:
+    """Codes, scales and activations of any bits, NaN and infinity among them: the same from any threads."""
+    rng = np.random.default_rng(seed)
+    values = groups * max(32, quant.group_size)
+
+    def bits(*shape: int, dtype: Any) -> Any:
+        return rng.integers(0, 256, (*shape[:-1], shape[-1] * np.dtype(dtype).itemsize), np.uint8).view(dtype)
+
+    affine = quant.mode == "affine"
+    stored, shape = dtypes[0] if affine else np.uint8, (out, values // quant.group_size)
+    packed = bits(out, values * quant.bits // 32, dtype=np.uint32)
+    scales, biases = bits(*shape, dtype=stored), bits(*shape, dtype=stored) if affine else None
+    weight, x = kernels.Projection(packed, scales, biases, quant=quant), bits(tokens, values, dtype=dtypes[1])
+    y, same = (kernels.Engine(threads, isa).matmul(x, weight) for threads in (1, 3))
+    assert y.shape == (tokens, out)
+    np.testing.assert_array_equal(y.view(np.uint8), same.view(np.uint8))
 
 
 @given(
