@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from typing import Any
 
 import mlx.core as mx
@@ -192,27 +190,3 @@ def test_refusals(op: str, details: tuple[Any, ...], reason: str | None) -> None
 def test_a_gpu_is_refused_with_its_reason() -> None:
     _, refused = registry.ask(Problem("quantized_matmul", "gpu", mx.float32, "decode", (DENSE,)), "native")
     assert "GPU" in refused["native"]
-
-
-# -- a long life -------------------------------------------------------------------------------------------
-
-
-def test_ten_thousand_calls_leave_nothing_behind(
-    floats: Floats, expert_weights: MakeExperts, shared_expert: MakeShared
-) -> None:
-    spec, weights, shared = (
-        RouterSpec(num_experts=4, top_k=2),
-        expert_weights(4, 64, 64),
-        shared_expert(64, 64),
-    )
-    x, logits = floats(3, 64), floats(3, 4)
-
-    def many(times: int) -> int:
-        for _ in range(times):
-            mx.eval(moe(x, logits, spec, weights, shared=shared, backend="native"))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-    before = many(1000)
-    grown = many(10_000) - before
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert grown * unit < 1 << 20, f"{grown * unit >> 10} kB"
