@@ -36,6 +36,7 @@ DIGEST = """
 import hashlib, mlx.core as mx, numpy as np
 from moefast import *
 from moefast.backends import native
+from moefast.ops import attention
 mx.set_default_device(mx.cpu)
 mx.random.seed(0)
 digest = hashlib.sha256()
@@ -49,8 +50,16 @@ for dtype in (mx.float32, mx.float16, mx.bfloat16):
                             down=stack(8, 64, 96, dtype=dtype))
     for tokens in (1, 5, 150):
         x, logits = mx.random.normal((tokens, 64)).astype(dtype), mx.random.normal((tokens, 8))
-        y = moe(x, logits, spec, weights, backend="native")
-        digest.update(np.array(y.astype(mx.float32)).tobytes())
+        heads = mx.random.normal((3, 2, 4, tokens, 32)).astype(dtype)
+        indices, mix = route(logits, spec, backend="native")
+        for y in (
+            moe(x, logits, spec, weights, backend="native"),
+            switch_glu(x, weights, indices, backend="native"),
+            quantized_matmul(x, stack(200, 64, dtype=dtype), backend="native"),
+            attention(*heads, scale=0.2, causal=True, backend="native"),
+            mix,
+        ):
+            digest.update(np.array(y.astype(mx.float32)).tobytes())
 found = native.describe()
 print(found["isa"], found["threads"], digest.hexdigest())
 """
@@ -98,14 +107,38 @@ info.BUILT_FOR_MLX = "0.31.0"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import moefast
+    from moefast.testing import assert_close, float64
     assert moefast.backends()["native"] is None, moefast.backends()
-    moefast.backends()
+    import mlx.core as mx
+    from moefast.ops import attention
+    mx.set_default_device(mx.cpu)
+    mx.random.seed(0)
+    quant, spec = moefast.QuantSpec(group_size=32), moefast.RouterSpec(num_experts=4, top_k=2)
+
+    def stack(*shape):
+        return moefast.Projection(*mx.quantize(mx.random.normal(shape), **quant.mlx_arguments()), quant=quant)
+
+    gate, up, down = stack(4, 96, 64), stack(4, 96, 64), stack(4, 64, 96)
+    weights, dense = moefast.ExpertWeights(gate=gate, up=up, down=down), stack(48, 64)
+    x, logits, heads = mx.random.normal((7, 64)), mx.random.normal((7, 4)), mx.random.normal((3, 1, 2, 7, 16))
+    indices, mix = moefast.route(logits, spec, backend="reference")
+    for run in (
+        lambda b: moefast.moe(x, logits, spec, weights, backend=b),
+        lambda b: moefast.experts(x, weights, moefast.Routing(indices, mix), backend=b),
+        lambda b: moefast.switch_glu(x, weights, indices, backend=b),
+        lambda b: moefast.quantized_matmul(x, dense, backend=b),
+        lambda b: moefast.route(logits, spec, backend=b).weights.sum(axis=-1),
+        lambda b: attention(*heads, scale=0.25, causal=True, backend=b),
+    ):
+        got, want = run("native"), run("reference")
+        assert_close(got.reshape(1, -1), float64(want).reshape(1, -1), "moe", reductions=(64, 96), top_k=2)
 assert "moefast._native" not in sys.modules, "it may end the process"
 print(len(caught), caught[0].message)
 """
 
 
 def test_another_mlx_gets_the_kernels_through_numpy_and_one_warning() -> None:
+    """The results are right, too."""
     done = run(OTHER_MLX)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1 moefast's CPU kernels run through NumPy")
