@@ -7,7 +7,7 @@ comma := ,
 # -- sanitizers: of GCC. The kernels alone, neither Python nor MLX is built with them ------------------------
 
 for_this_python = -DCMAKE_BUILD_TYPE=None -DPython_EXECUTABLE=$(abspath $(BIN)/python)
-test_kernels = $(BIN)/python -m pytest tests/test_kernels.py --kernels "$$(echo build/$(1)/csrc/numpy/_kernels*.so)"
+test_kernels = $(BIN)/python -m pytest tests/test_kernels*.py --kernels "$$(echo build/$(1)/csrc/numpy/_kernels*.so)"
 # The C++ runtime is loaded early because a sanitizer looks for its exceptions there.
 preload = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so)"
 # Where addresses are spread more widely than it knows, the thread sanitizer refuses to start.

@@ -1,7 +1,10 @@
-"""moefast's weights as ``moefast._kernels`` takes them: NumPy arrays, bfloat16 as uint16."""
+"""``moefast._kernels`` for tests: moefast's weights as it takes them (NumPy arrays, bfloat16 as uint16), and
+an engine for each instruction set of this machine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +14,24 @@ import pytest
 from moefast import ExpertWeights, Projection, SharedExpert
 
 kernels: Any = pytest.importorskip("moefast._kernels", reason="moefast was installed without its kernels")
+
+ISAS: list[str] = kernels.isas()
+isas = pytest.mark.parametrize("isa", ISAS)
+
+
+@cache
+def engine_of(isa: str) -> Any:
+    """An engine of two threads, the same every time."""
+    return kernels.Engine(2, isa)
+
+
+def on_each(check: Callable[[Any], None]) -> None:
+    """Run a check with each instruction set's engine: its truth takes longer to compute than they do."""
+    for isa in ISAS:
+        try:
+            check(engine_of(isa))
+        except AssertionError as error:
+            raise AssertionError(f"on {isa}: {error}") from error
 
 
 def as_numpy(array: mx.array) -> Any:
@@ -35,3 +56,13 @@ def held_experts(weights: ExpertWeights | SharedExpert) -> Any:
     gate = None if weights.gate is None else held(weights.gate)
     up, down = held(weights.up), held(weights.down)
     return kernels.Ffn(gate=gate, up=up, down=down, activation=weights.activation)
+
+
+def run_experts(
+    engine: Any, x: mx.array, weights: ExpertWeights, indices: mx.array, mix: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The routes' outputs, and their weighted sum."""
+    stacks, rows, chosen = held_experts(weights), as_numpy(x), as_numpy(indices)
+    apart = engine.switch_glu(rows, stacks, chosen)
+    combined = engine.experts(rows, stacks, chosen, as_numpy(mix))
+    return as_mlx(apart, x.dtype), as_mlx(combined, x.dtype)

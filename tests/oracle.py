@@ -262,6 +262,24 @@ def moe(
     return y if shared is None else y + shared_expert(x, shared)
 
 
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> Float64:
+    """Head by head, as the formula says: ``[batch, heads, length, dims]`` to ``[batch, length, ...]``."""
+    q, k, v = (float64(a) for a in (queries, keys, values))
+    batch, heads, length, _ = q.shape
+    share = heads // k.shape[1]
+    out = np.zeros((batch, length, heads, v.shape[-1]))
+    seen = np.tril(np.ones((length, k.shape[2])), k.shape[2] - length) if causal else 1.0
+    for b in range(batch):
+        for h in range(heads):
+            scores = scale * q[b, h] @ k[b, h // share].T
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True)) * seen
+            out[b, :, h] = weights / weights.sum(axis=-1, keepdims=True) @ v[b, h // share]
+    return out.reshape(batch, length, -1)
+
+
 # -- derivatives -------------------------------------------------------------------------------------------
 
 

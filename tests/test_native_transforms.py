@@ -33,6 +33,7 @@ from moefast import (
 )
 from moefast.backends import native, registry
 from moefast.backends.native import loading
+from moefast.ops import attention
 from moefast.registry import Backend
 from moefast.testing import assert_close, assert_gradients_close, float64
 
@@ -84,6 +85,7 @@ class Layer:
         self.bias = floats(6, scale=0.1)
         self.indices = mx.array([[0, 1], [5, 2], [3, 3], [4, 0], [1, 2]])
         self.mix = mx.softmax(floats(TOKENS, 2), axis=-1)
+        self.heads = (floats(2, 4, TOKENS, 16), floats(2, 2, 7, 16), floats(2, 2, 7, 24))
 
     def arrays(self) -> list[mx.array]:
         """Of all weights."""
@@ -124,6 +126,10 @@ class Layer:
                 ),
                 (self.x, self.logits, self.bias),
             ),
+            "attention": (
+                lambda *heads: attention(*heads, scale=0.25, causal=True, backend=backend),
+                self.heads,
+            ),
         }
 
 
@@ -135,11 +141,13 @@ def layer(
     weights = expert_weights(6, HIDDEN, WIDTH, bias=True, **format_)
     made = Layer(floats, weights, shared_expert(HIDDEN, WIDTH, output_gate=True, **format_), mx.float32)
     # MLX evaluates nothing on one thread that was begun on another.
-    mx.eval(made.arrays(), made.x, made.logits, made.bias, made.indices, made.mix)
+    mx.eval(made.arrays(), made.x, made.logits, made.bias, made.indices, made.mix, made.heads)
     return made
 
 
-ops = pytest.mark.parametrize("op", ["quantized_matmul", "switch_glu", "experts", "route", "moe"])
+ops = pytest.mark.parametrize(
+    "op", ["quantized_matmul", "switch_glu", "experts", "route", "moe", "attention"]
+)
 CLOSE = {"reductions": (HIDDEN, WIDTH), "top_k": 2, "gradient": True}
 
 
@@ -386,7 +394,8 @@ def test_in_many_threads_at_once(op: str, layer: Layer) -> None:
     run, arrays = layer.operations("native")[op]
     want, slope = np.array(run(*arrays)), np.array(mx.grad(scalar(run))(*arrays))
     mx.eval(arrays)
-    bad = mx.array([[0, 6]])
+    bad, zeros = mx.array([[0, 6]]), mx.zeros((1, HIDDEN))
+    mx.eval(bad, zeros)
     together = threading.Barrier(4)
 
     def work(_: int) -> int:
@@ -399,7 +408,7 @@ def test_in_many_threads_at_once(op: str, layer: Layer) -> None:
                 if i % 5 == 0:
                     wrong += not np.array_equal(np.array(mx.grad(scalar(run))(*arrays)), slope)
                     with pytest.raises(ValueError, match="indices must be in"):
-                        mx.eval(switch_glu(arrays[0][:1, :1] + mx.zeros((1, HIDDEN)), layer.weights, bad))
+                        mx.eval(switch_glu(mx.flatten(arrays[0])[:1] + zeros, layer.weights, bad))
         return wrong
 
     with ThreadPoolExecutor(4) as pool, use_backend("native"):

@@ -12,9 +12,10 @@ namespace moefast {
 
 // How exact a product has to be, set by the dtype its result is rounded to.
 enum Precision {
-  kFloat32,   // float32 arithmetic throughout
-  kFloat16,   // at least the error of float32 arithmetic on inputs kept to 15 bits per group
-  kBfloat16,  // as kFloat16; activations and weights may also be rounded to bfloat16
+  kAnyValues,  // float32 arithmetic throughout: for rows that nothing else takes
+  kFloat32,    // at least the error of float32 arithmetic
+  kFloat16,    // at least the error of float32 arithmetic on inputs kept to 15 bits per group
+  kBfloat16,   // as kFloat16; activations and weights may also be rounded to bfloat16
 };
 
 // Where the kernel of the next piece of work will read, so that the end of this one can fetch it.
@@ -116,7 +117,7 @@ struct Isa {
 
   // The product for a format, or NULL where this instruction set has nothing better than the next
   // in line (see `base`). `count`: rows that will be multiplied with one weight. Portable never
-  // returns NULL for kFloat32.
+  // returns NULL.
   const Product* (*product)(const Format& format, Precision precision, int64_t in, int64_t count);
 
   // float32 <- dtype, and back with round to nearest even.

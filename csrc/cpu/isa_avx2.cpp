@@ -15,11 +15,15 @@
 namespace moefast {
 namespace {
 
-const Product* product(const Format& format, Precision precision, int64_t, int64_t) {
-  if (precision == kFloat32) {
+const Product* product(const Format& format, Precision precision, int64_t, int64_t count) {
+  const bool e2m1 = format.mode == MOEFAST_MXFP4 || format.mode == MOEFAST_NVFP4;
+  if (precision == kFloat32 && e2m1 && count <= kMostInParts) {
+    return int30_product<Avx2Codes<E2m1Codes>>();
+  }
+  if (precision <= kFloat32) {
     return generic_product();
   }
-  if (format.mode == MOEFAST_MXFP4 || format.mode == MOEFAST_NVFP4) {
+  if (e2m1) {
     return int15_product<Avx2Codes<E2m1Codes>>();
   }
   if (format.mode == MOEFAST_AFFINE) {

@@ -15,7 +15,7 @@ namespace moefast {
 namespace {
 
 const Product* product(const Format& format, Precision precision, int64_t, int64_t) {
-  if (precision == kFloat32) {
+  if (precision <= kFloat32) {
     return generic_product();
   }
   if (format.mode == MOEFAST_MXFP4 || format.mode == MOEFAST_NVFP4) {

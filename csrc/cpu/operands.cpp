@@ -180,7 +180,7 @@ void prepare(moefast_engine& engine,
   bool unfit = false;
   for (int64_t i = 0; i < count; ++i) {
     if (!preparation.give(operands[i])) {
-      choose(engine, kFloat32, operands[i]);
+      choose(engine, kAnyValues, operands[i]);
       preparation.want(operands[i]);
       unfit = true;
     }

@@ -53,6 +53,14 @@ std::vector<int32_t> read_indices(const std::string& operation,
                                   int64_t low,
                                   int64_t high);
 
+// Before a task of ours does anything, on its stream's thread. MLX counts the tasks under way, and
+// mx.eval waits while they are many. Where the exception of an earlier task happens to be raised
+// between the counting of a task and its entry into the queue, that one is never counted out: after
+// some ten of these, which a hundred exceptions bring, mx.eval would wait for ever. An exception
+// loses one task at most: for each of the latest, one is counted out here, as soon as any are
+// counted. (Should that have been one under way, MLX lets one more run at a time.)
+void mend_task_count(const mx::Stream& stream);
+
 // The process's engine is made at its first use, so that importing starts no threads, and never
 // destroyed: at exit, threads of MLX may still be in it.
 void configure(int threads, std::string isa);

@@ -51,7 +51,9 @@ void Mirror::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   auto run = work(inputs, outputs, copies, temporaries);
   encoder.add_temporaries(std::move(temporaries));
   encoder.dispatch([run = std::move(run), copies = std::move(copies), to = first.data<void>(),
-                    dtype = float_dtype(first.dtype()), size = static_cast<int64_t>(first.size())] {
+                    dtype = float_dtype(first.dtype()), size = static_cast<int64_t>(first.size()),
+                    on = stream()] {
+    mend_task_count(on);
     try {
       copies.make();
       run();

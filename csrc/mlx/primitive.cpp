@@ -86,7 +86,10 @@ void Operation::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   Arrays temporaries;
   auto call = make_call(plan_, inputs, outputs, temporaries);
   encoder.add_temporaries(std::move(temporaries));
-  encoder.dispatch([call = std::move(call)] { run(call); });
+  encoder.dispatch([call = std::move(call), on = stream()] {
+    mend_task_count(on);
+    run(call);
+  });
 }
 
 void Operation::eval_gpu(const Arrays&, Arrays&) {

@@ -88,6 +88,24 @@ moefast_rows rows_of(const char* op, const char* name, const py::array& array, i
   return {array.data(), dtype, count, dims, stride / size};
 }
 
+moefast_heads heads_of(const char* op, const char* name, const py::array& array) {
+  const int32_t dtype = float_dtype(op, name, array);
+  if (array.ndim() != 4) {
+    refuse(op, std::string(name) + " must be [batch, heads, length, dims]", describe(array));
+  }
+  const py::ssize_t size = array.itemsize();
+  bool even = (array.shape(3) <= 1 || array.strides(3) == size) && aligned(array);
+  for (int i = 0; i < 3; ++i) {
+    even = even && array.strides(i) % size == 0;
+  }
+  if (array.size() > 0 && !even) {
+    refuse(op, std::string(name) + " must have contiguous rows, and be aligned", describe(array));
+  }
+  return {array.data(),           dtype,          array.shape(0),          array.shape(1),
+          array.shape(2),         array.shape(3), array.strides(0) / size, array.strides(1) / size,
+          array.strides(2) / size};
+}
+
 moefast_vector vector_of(const char* op,
                          const char* name,
                          const MaybeArray& array,
@@ -109,7 +127,9 @@ std::vector<int32_t> indices_of(const char* op, const py::array& array, int64_t 
   // In 64 bits of their own sign nothing wraps.
   const py::array wide = kind == 'i' ? py::array(py::array_t<int64_t>::ensure(array))
                                      : py::array(py::array_t<uint64_t>::ensure(array));
-  const auto flat = py::array::ensure(wide, py::array::c_style);
+  // A copy where it is needed: of integers as they come only those of 64 bits are not one by now.
+  const auto flat =
+      py::array::ensure(wide, py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_);
   const auto* from = static_cast<const uint64_t*>(flat.data());
   std::vector<int32_t> indices(static_cast<size_t>(flat.size()));
   for (size_t i = 0; i < indices.size(); ++i) {

@@ -34,6 +34,8 @@ void check_shape(const char* op,
 
 // Floats [..., dims] as rows. Rows may be any constant distance apart; values within one may not.
 moefast_rows rows_of(const char* op, const char* name, const py::array& array, int64_t dims);
+// Floats [batch, heads, length, dims]; only the values of a row must be neighbours.
+moefast_heads heads_of(const char* op, const char* name, const py::array& array);
 // Contiguous floats of a shape.
 moefast_vector vector_of(const char* op,
                          const char* name,

@@ -172,6 +172,23 @@ py::array moe(const Engine& engine,
   return out;
 }
 
+py::array attention(const Engine& engine,
+                    const py::array& queries,
+                    const py::array& keys,
+                    const py::array& values,
+                    float scale,
+                    bool causal,
+                    const MaybeDtype& out_dtype) {
+  constexpr const char* op = "attention";
+  const auto q = heads_of(op, "queries", queries);
+  const auto k = heads_of(op, "keys", keys), v = heads_of(op, "values", values);
+  const int32_t dtype = output_dtype(out_dtype, q.dtype);
+  py::array out = empty(dtype, {q.batch, q.length, q.heads * v.dims});
+  void* to = out.mutable_data();
+  run([&] { return moefast_attention(engine.get(), &q, &k, &v, scale, causal, to, dtype); });
+  return out;
+}
+
 double measure_read(const Engine& engine, int threads, size_t bytes) {
   double found = 0;
   run([&] { return moefast_measure_read(engine.get(), threads, bytes, &found); });
@@ -229,6 +246,8 @@ PYBIND11_MODULE(_kernels, m) {
       .def("moe", &moe, arg("x"), arg("logits"), arg("spec"), arg("experts"), py::kw_only(),
            arg("selection_bias") = none, arg("expert_scale") = none, arg("shared") = none,
            arg("shared_gate") = none, arg("combine_dtype") = none, arg("out_dtype") = none)
+      .def("attention", &attention, arg("queries"), arg("keys"), arg("values"), py::kw_only(),
+           arg("scale"), arg("causal"), arg("out_dtype") = none)
       .def("measure_read", &measure_read, arg("threads"), arg("bytes"), "Bytes per second.")
       .def("measure_flops", &measure_flops, arg("threads"),
            "Floating point operations per second.");

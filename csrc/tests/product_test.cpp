@@ -24,7 +24,7 @@ void fail(const char* message, Args... args) {
 }
 
 const char* precision_name(Precision precision) {
-  return precision == kFloat32 ? "float32" : precision == kFloat16 ? "float16" : "bfloat16";
+  return precision <= kFloat32 ? "float32" : precision == kFloat16 ? "float16" : "bfloat16";
 }
 
 struct Case {
@@ -40,7 +40,7 @@ struct Case {
 double bound(Precision precision, int64_t in, double outliers) {
   const double exact = 4e-7 + 1e-7 * std::sqrt(static_cast<double>(in));
   const double kept = outliers > 0 ? 1e-3 : 1e-4;
-  return precision == kFloat32 ? exact : exact + (precision == kFloat16 ? kept : 4e-3);
+  return precision <= kFloat32 ? exact : exact + (precision == kFloat16 ? kept : 4e-3);
 }
 
 Rows rows_of(
@@ -206,12 +206,12 @@ int main() {
     const Isa& isa = *each;
     for (const Format& format : all_formats()) {
       std::printf("%-8s %-36s", isa.name, testing::name_of(format).c_str());
-      for (Precision precision : {kFloat32, kFloat16, kBfloat16}) {
+      for (Precision precision : {kAnyValues, kFloat32, kFloat16, kBfloat16}) {
         Largest largest;
         uint64_t seed = 0;
         for (const Case& c : cases_of(format)) {
           ++seed;
-          const int dtype = precision == kFloat32   ? static_cast<int>(seed % 3)
+          const int dtype = precision <= kFloat32   ? static_cast<int>(seed % 3)
                             : precision == kFloat16 ? MOEFAST_FLOAT16
                                                     : MOEFAST_BFLOAT16;
           check(isa, format, precision, c, dtype, seed, largest);

@@ -99,7 +99,7 @@ const Product* avx512_product(const Format& format, Precision precision) {
            : format.dtype == MOEFAST_FLOAT16 ? plain<MOEFAST_FLOAT16>()
                                              : plain<MOEFAST_BFLOAT16>();
   }
-  if (precision != kFloat32) {
+  if (precision > kFloat32) {
     if (const Product* found = int15(format)) {
       return found;
     }

@@ -50,15 +50,13 @@ struct WindowTables {
   using W = Window<kBits>;
   alignas(64) uint8_t bytes[kRunVectors][kVectorBytes];
   alignas(64) int32_t masks[W::kOffsets][kFloats];
-  alignas(64) int32_t shifts[W::kOffsets][kFloats];
   alignas(64) float inverses[W::kOffsets][kFloats];
 
-  constexpr WindowTables() : bytes(), masks(), shifts(), inverses() {
+  constexpr WindowTables() : bytes(), masks(), inverses() {
     for (int v = 0; v < kRunVectors; ++v) {
       for (int lane = 0; lane < kFloats; ++lane) {
         const int offset = W::offset(v, lane);
         masks[v % W::kOffsets][lane] = ((1 << kBits) - 1) << offset;
-        shifts[v % W::kOffsets][lane] = offset;
         inverses[v % W::kOffsets][lane] = 1.0f / static_cast<float>(1 << offset);
         const int first = (W::first_bit(v) + lane * kBits) / 8 - W::start(v);
         for (int i = 0; i < 4; ++i) {  // 0x80: a zero
@@ -98,28 +96,119 @@ inline Ints load_words(const uint8_t* run, int v) {
 #endif
 }
 
-// Codes times 2^offset.
-template <int kBits>
-inline Floats load_shifted_codes(const uint8_t* run, int v) {
-  return converted(load_words<kBits>(run, v) &
-                   load_table<Ints>(kWindowTables<kBits>.masks[v % Window<kBits>::kOffsets]));
-}
-
-// 2^-offset.
-template <int kBits>
-inline Floats inverse_shifts(int v) {
-  return load_table<Floats>(kWindowTables<kBits>.inverses[v % Window<kBits>::kOffsets]);
-}
-
-// Twice the values of 16 e2m1 codes (a group of nvfp4): 0 1 2 3 4 6 8 12, and the negatives.
-inline void load_e2m1(const uint8_t* from, float* to) {
 #if defined(MOEFAST_VECTOR_AVX512)
-  const __m512i words = (__m512i)load_words<4>(from, 0);
-  const __m512i shifts = load_table<__m512i>(kWindowTables<4>.shifts[0]);
-  const __m512 twice = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-  // Looked up by the low four bits.
-  _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shifts), twice));
-#elif defined(__x86_64__)
+// Each lane gets the eight bits that begin at its code, vector v's of a run. Of 64 bits: up to four
+// bits a code.
+template <int kBits>
+inline __m512i load_windows(const uint8_t* run, int v) {
+  using W = Window<kBits>;
+  alignas(64) static constexpr struct Starts {
+    int32_t bit[kRunVectors][kFloats];
+    constexpr Starts() : bit() {
+      for (int u = 0; u < kRunVectors; ++u) {
+        for (int lane = 0; lane < kFloats; ++lane) {
+          bit[u][lane] = W::first_bit(u) + lane * kBits - 8 * W::start(u);
+        }
+      }
+    }
+  } kStarts;
+  const __m512i codes = _mm512_set1_epi64(static_cast<int64_t>(load64(run + W::start(v))));
+  return _mm512_multishift_epi64_epi8(load_table<__m512i>(kStarts.bit[v]), codes);
+}
+#endif
+
+// scale * code + offset of affine codes: vector v of a run.
+template <int kBits>
+class ScaledCodes {
+ public:
+  [[gnu::always_inline]] ScaledCodes(float scale, float offset) : offset_(offset) {
+    for (int i = 0; i < kOffsets; ++i) {
+      steps_[i] = scale * load_table<Floats>(kWindowTables<kBits>.inverses[i]);
+    }
+  }
+
+  [[gnu::always_inline]] Floats load(const uint8_t* run, int v) const {
+    const Ints mask = load_table<Ints>(kWindowTables<kBits>.masks[v % kOffsets]);
+    return steps_[v % kOffsets] * converted(load_words<kBits>(run, v) & mask) + offset_;
+  }
+
+ private:
+  static constexpr int kOffsets = Window<kBits>::kOffsets;
+  Floats steps_[kOffsets];
+  float offset_;
+};
+
+template <>
+class ScaledCodes<8> {
+ public:
+  [[gnu::always_inline]] ScaledCodes(float scale, float offset) : scale_(scale), offset_(offset) {}
+
+  [[gnu::always_inline]] Floats load(const uint8_t* run, int v) const {
+    return scale_ * converted(load_bytes(run + v * kFloats)) + offset_;
+  }
+
+ private:
+  float scale_, offset_;
+};
+
+#if defined(MOEFAST_VECTOR_AVX512)
+
+// Up to four bits: the values of all codes, in a table where the lowest bits of a window find them.
+template <int kBits>
+class TabledCodes {
+ public:
+  [[gnu::always_inline]] TabledCodes(float scale, float offset) {
+    constexpr int m = (1 << kBits) - 1;
+    values_ = scale * Floats{0 & m, 1 & m, 2 & m,  3 & m,  4 & m,  5 & m,  6 & m,  7 & m,
+                             8 & m, 9 & m, 10 & m, 11 & m, 12 & m, 13 & m, 14 & m, 15 & m} +
+              offset;
+  }
+
+  [[gnu::always_inline]] Floats load(const uint8_t* run, int v) const {
+    return (Floats)_mm512_permutexvar_ps(load_windows<kBits>(run, v), (__m512)values_);
+  }
+
+ private:
+  Floats values_;
+};
+
+template <>
+class ScaledCodes<2> : public TabledCodes<2> {
+  using TabledCodes::TabledCodes;
+};
+template <>
+class ScaledCodes<3> : public TabledCodes<3> {
+  using TabledCodes::TabledCodes;
+};
+template <>
+class ScaledCodes<4> : public TabledCodes<4> {
+  using TabledCodes::TabledCodes;
+};
+
+#endif
+
+#if defined(MOEFAST_VECTOR_AVX512)
+
+// The values of e2m1 codes times a scale: a table of 16 to look them up in.
+struct ScaledE2m1 {
+  __m512 values;
+
+  explicit ScaledE2m1(float scale)
+      : values(_mm512_mul_ps(
+            _mm512_setr_ps(0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6),
+            _mm512_set1_ps(scale))) {}
+
+  // 16 of them: a group of nvfp4.
+  inline void load(const uint8_t* from, Floats* to) const {
+    to[0] = (Floats)_mm512_permutexvar_ps(load_windows<4>(from, 0), values);
+  }
+};
+
+#else
+
+// Twice the values of 16 e2m1 codes: 0 1 2 3 4 6 8 12, and the negatives.
+inline void load_e2m1(const uint8_t* from, Floats* to) {
+#if defined(__x86_64__)
   const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
   const __m128i low = _mm_set1_epi8(15);
   const __m128i codes =
@@ -127,8 +216,8 @@ inline void load_e2m1(const uint8_t* from, float* to) {
 #if defined(MOEFAST_VECTOR_AVX2)
   const __m128i twice = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
   const __m128i found = _mm_shuffle_epi8(twice, codes);
-  store_floats(to, converted((Ints)_mm256_cvtepi8_epi32(found)));
-  store_floats(to + 8, converted((Ints)_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(found, found))));
+  to[0] = converted((Ints)_mm256_cvtepi8_epi32(found));
+  to[1] = converted((Ints)_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(found, found)));
 #else
   // 4 and 5 stand for 4 and 6, 6 and 7 for 8 and 12: one more for each beyond 4, two beyond 6.
   const __m128i m = _mm_and_si128(codes, _mm_set1_epi8(7));
@@ -140,10 +229,8 @@ inline void load_e2m1(const uint8_t* from, float* to) {
   for (int half = 0; half < 2; ++half) {
     const __m128i twins =
         half == 0 ? _mm_unpacklo_epi8(found, found) : _mm_unpackhi_epi8(found, found);
-    store_floats(to + 8 * half,
-                 converted((Ints)_mm_srai_epi32(_mm_unpacklo_epi16(twins, twins), 24)));
-    store_floats(to + 8 * half + 4,
-                 converted((Ints)_mm_srai_epi32(_mm_unpackhi_epi16(twins, twins), 24)));
+    to[2 * half] = converted((Ints)_mm_srai_epi32(_mm_unpacklo_epi16(twins, twins), 24));
+    to[2 * half + 1] = converted((Ints)_mm_srai_epi32(_mm_unpackhi_epi16(twins, twins), 24));
   }
 #endif
 #elif defined(__aarch64__)
@@ -153,17 +240,34 @@ inline void load_e2m1(const uint8_t* from, float* to) {
   const uint8x16_t codes = vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high));
   const int8x16_t found = vqtbl1q_s8(vld1q_s8(kTwice), codes);
   const int16x8_t first = vmovl_s8(vget_low_s8(found)), second = vmovl_s8(vget_high_s8(found));
-  store_floats(to, converted((Ints)vmovl_s16(vget_low_s16(first))));
-  store_floats(to + 4, converted((Ints)vmovl_s16(vget_high_s16(first))));
-  store_floats(to + 8, converted((Ints)vmovl_s16(vget_low_s16(second))));
-  store_floats(to + 12, converted((Ints)vmovl_s16(vget_high_s16(second))));
+  to[0] = converted((Ints)vmovl_s16(vget_low_s16(first)));
+  to[1] = converted((Ints)vmovl_s16(vget_high_s16(first)));
+  to[2] = converted((Ints)vmovl_s16(vget_low_s16(second)));
+  to[3] = converted((Ints)vmovl_s16(vget_high_s16(second)));
 #else
   static constexpr float kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
   for (int i = 0; i < 16; ++i) {
-    to[i] = kTwice[from[i / 2] >> i % 2 * 4 & 15];
+    to[i / kFloats][i % kFloats] = kTwice[from[i / 2] >> i % 2 * 4 & 15];
   }
 #endif
 }
+
+// The values of e2m1 codes times a scale.
+struct ScaledE2m1 {
+  float half;
+
+  explicit ScaledE2m1(float scale) : half(0.5f * scale) {}
+
+  // 16 of them: a group of nvfp4.
+  inline void load(const uint8_t* from, Floats* to) const {
+    load_e2m1(from, to);
+    for (int k = 0; k < 16 / kFloats; ++k) {
+      to[k] *= half;
+    }
+  }
+};
+
+#endif
 
 // kFloats values of e4m3 codes.
 inline Floats load_e4m3(const uint8_t* from) {

@@ -29,6 +29,10 @@
 //
 // Prepared: the quantised values of a row, with zeros up to a multiple of 128; the step of each
 // unit; step * sum(q) of each group.
+//
+// Float32 wants more bits. A row is then two, x = step * q + step / 2^14 * r, and its product is
+// the sum of theirs: 27 bits below the largest of a block, more than a float's own 24. What that
+// costs is a second row of activations, which shares all the work on the weights.
 #ifndef MOEFAST_CPU_GENERIC_INT15_H
 #define MOEFAST_CPU_GENERIC_INT15_H
 
@@ -38,8 +42,9 @@
 namespace moefast {
 namespace {
 
-constexpr int kSpan = 128;  // values
-constexpr int kAlike = 64;  // values that share a step
+constexpr int kSpan = 128;            // values
+constexpr int kLayoutInParts = 1000;  // added to the layout of rows in one part
+constexpr int kAlike = 64;            // values that share a step
 constexpr float kLargestCode = 16256.0f;
 // Units of the values whose scales are loaded at once, of 16 values at least.
 constexpr int kMostUnits = Scales::kValues / 16;
@@ -74,8 +79,9 @@ struct Int15Layout {
   }
 };
 
-inline int64_t int15_prepared_bytes(const Format& format, int64_t in, int64_t count) {
-  return Int15Layout(format, in).bytes * count;
+template <int kParts>
+int64_t int15_prepared_bytes(const Format& format, int64_t in, int64_t count) {
+  return kParts * Int15Layout(format, in).bytes * count;
 }
 
 // The largest magnitude of 64 values, as bits: those of infinity and NaN are larger than any.
@@ -105,19 +111,35 @@ inline int32_t sum_of(const int32_t* q, int count) {
   return sum_across(sum);
 }
 
-template <class Codes>
+// The largest power of two that is at most `magnitude`.
+inline float power_below(float magnitude) {
+  return as_floats(as_ints(magnitude) & 0x7f800000);
+}
+
+// x - step * q, which is exact where q is the nearest whole number and step a power of two.
+inline void take_rest(float* x, float step, const int32_t* q) {
+  for (int i = 0; i < kAlike; i += kFloats) {
+    store_floats(x + i, load_floats(x + i) - step * converted(load_ints(q + i)));
+  }
+}
+
+// One row as kParts: of a second one the steps are finer by kFiner.
+template <class Codes, int kParts>
 bool int15_prepare_row(const Format& format, int dtype, const void* from, int64_t in, uint8_t* to) {
+  // Beyond, the reciprocal or a product might leave float32's range.
+  constexpr float kLargest = 1e30f, kSmallest = kParts == 1 ? 1e-30f : 1e-26f;
+  constexpr float kFiner = 16384;
   const Int15Layout layout(format, in);
   const int unit = unit_of(format);
   const int unit_shift = __builtin_ctz(static_cast<unsigned>(unit));  // powers of two
   const int group_shift = __builtin_ctz(static_cast<unsigned>(format.group));
-  int8_t* codes = reinterpret_cast<int8_t*>(to + layout.codes);
-  float* steps = reinterpret_cast<float*>(to + layout.steps);
-  float* sums = reinterpret_cast<float*>(to + layout.sums);
-  __builtin_memset(steps, 0, static_cast<size_t>(layout.bytes - layout.steps));
+  for (int part = 0; part < kParts; ++part) {
+    __builtin_memset(to + part * layout.bytes + layout.steps, 0,
+                     static_cast<size_t>(layout.bytes - layout.steps));
+  }
   for (int64_t at = 0; at < in; at += kSpan) {
     alignas(64) float x[kSpan];
-    alignas(64) int32_t q[kSpan];
+    alignas(64) int32_t q[kParts][kSpan];
     const int64_t count = in - at < kSpan ? in - at : kSpan;
     widen(dtype, static_cast<const uint8_t*>(from) + at * size_of(dtype), count, x);
     for (int64_t i = count; i < kSpan; ++i) {
@@ -126,24 +148,35 @@ bool int15_prepare_row(const Format& format, int dtype, const void* from, int64_
     for (int block = 0; block < kSpan; block += kAlike) {
       const int32_t largest = largest_bits(x + block);
       const float magnitude = as_floats(largest);
-      // Beyond, the reciprocal or a product might leave float32's range.
-      if (largest > as_ints(1e30f) || (largest != 0 && largest < as_ints(1e-30f))) {
+      if (largest > as_ints(kLargest) || (largest != 0 && largest < as_ints(kSmallest))) {
         return false;
       }
-      const float step = magnitude / kLargestCode;
-      quantise(x + block, largest == 0 ? 0.0f : kLargestCode / magnitude, q + block);
-      for (int i = 0; i < kAlike; i += unit) {
-        const int64_t first = at + block + i;
-        steps[first >> unit_shift] = step;
-        sums[first >> group_shift] += step * static_cast<float>(sum_of(q + block + i, unit));
+      float step = kParts == 1 ? magnitude / kLargestCode : power_below(magnitude) / 4096;
+      for (int part = 0; part < kParts; ++part, step /= kFiner) {
+        uint8_t* row = to + part * layout.bytes;
+        float* steps = reinterpret_cast<float*>(row + layout.steps);
+        float* sums = reinterpret_cast<float*>(row + layout.sums);
+        const float inverse = kParts == 1 ? kLargestCode / magnitude : 1 / step;
+        quantise(x + block, largest == 0 ? 0.0f : inverse, q[part] + block);
+        for (int i = 0; i < kAlike; i += unit) {
+          const int64_t first = at + block + i;
+          steps[first >> unit_shift] = step;
+          sums[first >> group_shift] +=
+              step * static_cast<float>(sum_of(q[part] + block + i, unit));
+        }
+        if (part + 1 < kParts) {
+          take_rest(x + block, step, q[part] + block);
+        }
       }
     }
-    Codes::arrange(q, codes + 2 * at);
+    for (int part = 0; part < kParts; ++part) {
+      Codes::arrange(q[part], reinterpret_cast<int8_t*>(to + part * layout.bytes) + 2 * at);
+    }
   }
   return true;
 }
 
-template <class Codes>
+template <class Codes, int kParts>
 bool int15_prepare(const Format& format,
                    int dtype,
                    const void* const* rows,
@@ -151,9 +184,9 @@ bool int15_prepare(const Format& format,
                    int64_t in,
                    void* prepared) {
   uint8_t* to = static_cast<uint8_t*>(prepared);
-  const int64_t stride = Int15Layout(format, in).bytes;
+  const int64_t stride = kParts * Int15Layout(format, in).bytes;
   for (int64_t r = 0; r < count; ++r) {
-    if (!int15_prepare_row<Codes>(format, dtype, rows[r], in, to + r * stride)) {
+    if (!int15_prepare_row<Codes, kParts>(format, dtype, rows[r], in, to + r * stride)) {
       return false;
     }
   }
@@ -196,7 +229,8 @@ inline Floats dot_offsets(const float* offsets, const float* sums, int64_t group
   return total;
 }
 
-template <class Codes, int kUnit, int kRows>
+// kRows prepared rows, of which kParts that follow one another make one row of the result.
+template <class Codes, int kParts, int kUnit, int kRows>
 void int15_multiply_rows(const Matrix& w,
                          int64_t begin,
                          int64_t end,
@@ -240,15 +274,18 @@ void int15_multiply_rows(const Matrix& w,
         Codes::template span<kUnit, kRows>(rest, rows, 2 * (panel + at), steps, at / kUnit, sums);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      y[r * ldy + n - begin] =
-          w.factor * (Codes::kFactor * Codes::total(sums[r]) + sum_across(offsets[r]));
+    for (int r = 0; r < kRows; r += kParts) {
+      float total = 0;
+      for (int part = kParts; part-- > 0;) {  // the finest first
+        total += Codes::kFactor * Codes::total(sums[r + part]) + sum_across(offsets[r + part]);
+      }
+      y[r / kParts * ldy + n - begin] = w.factor * total;
     }
   }
 }
 
-// Up to four rows at once: the weights are unpacked for all of them.
-template <class Codes, int kUnit>
+// Up to four prepared rows at once: the weights are unpacked for all of them.
+template <class Codes, int kParts, int kUnit>
 void int15_multiply_units(const Matrix& w,
                           int64_t begin,
                           int64_t end,
@@ -257,33 +294,39 @@ void int15_multiply_units(const Matrix& w,
                           float* y,
                           int64_t ldy,
                           const Ahead& ahead) {
+  constexpr int kTogether = 4 / kParts;
   const Int15Layout layout(w.format, w.in);
   const Fetcher last(w, end, ahead), again(w, end, Ahead{});
-  for (int64_t first = 0; first < count; first += 4) {
-    const int64_t together = count - first < 4 ? count - first : 4;
+  for (int64_t first = 0; first < count; first += kTogether) {
+    const int64_t together = count - first < kTogether ? count - first : kTogether;
     Int15Row block[4];
-    for (int64_t r = 0; r < together; ++r) {
-      block[r] = layout.row(rows[first + r]);
+    for (int64_t r = 0; r < together * kParts; ++r) {
+      const auto* prepared = static_cast<const uint8_t*>(rows[first + r / kParts]);
+      block[r] = layout.row(prepared + r % kParts * layout.bytes);
     }
     const Fetcher& fetcher = first + together == count ? last : again;
     float* to = y + first * ldy;
-    switch (together) {
+    switch (together * kParts) {
       case 1:
-        int15_multiply_rows<Codes, kUnit, 1>(w, begin, end, block, fetcher, to, ldy);
+        if constexpr (kParts == 1) {
+          int15_multiply_rows<Codes, 1, kUnit, 1>(w, begin, end, block, fetcher, to, ldy);
+        }
         break;
       case 2:
-        int15_multiply_rows<Codes, kUnit, 2>(w, begin, end, block, fetcher, to, ldy);
+        int15_multiply_rows<Codes, kParts, kUnit, 2>(w, begin, end, block, fetcher, to, ldy);
         break;
       case 3:
-        int15_multiply_rows<Codes, kUnit, 3>(w, begin, end, block, fetcher, to, ldy);
+        if constexpr (kParts == 1) {
+          int15_multiply_rows<Codes, 1, kUnit, 3>(w, begin, end, block, fetcher, to, ldy);
+        }
         break;
       default:
-        int15_multiply_rows<Codes, kUnit, 4>(w, begin, end, block, fetcher, to, ldy);
+        int15_multiply_rows<Codes, kParts, kUnit, 4>(w, begin, end, block, fetcher, to, ldy);
     }
   }
 }
 
-template <class Codes>
+template <class Codes, int kParts>
 void int15_multiply(const Matrix& w,
                     int64_t begin,
                     int64_t end,
@@ -293,9 +336,11 @@ void int15_multiply(const Matrix& w,
                     int64_t ldy,
                     const Ahead& ahead) {
   if (unit_of(w.format) == Codes::kFineUnit) {
-    int15_multiply_units<Codes, Codes::kFineUnit>(w, begin, end, rows, count, y, ldy, ahead);
+    int15_multiply_units<Codes, kParts, Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
+                                                          ahead);
   } else {
-    int15_multiply_units<Codes, 2 * Codes::kFineUnit>(w, begin, end, rows, count, y, ldy, ahead);
+    int15_multiply_units<Codes, kParts, 2 * Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
+                                                              ahead);
   }
 }
 
@@ -304,9 +349,25 @@ const Product* int15_product() {
   static constexpr Product kProduct = {"int15",
                                        Codes::kLayout,
                                        true,
-                                       int15_prepared_bytes,
-                                       int15_prepare<Codes>,
-                                       int15_multiply<Codes>};
+                                       int15_prepared_bytes<1>,
+                                       int15_prepare<Codes, 1>,
+                                       int15_multiply<Codes, 1>};
+  return &kProduct;
+}
+
+// Rows up to which two of 15 bits for each are faster than the generic product, which shares the
+// work on the weights among more.
+constexpr int64_t kMostInParts = 3;
+
+// For float32, where codes have no offsets: beside those, what the sums are short of would be seen.
+template <class Codes>
+const Product* int30_product() {
+  static constexpr Product kProduct = {"2 x int15",
+                                       Codes::kLayout + kLayoutInParts,
+                                       true,
+                                       int15_prepared_bytes<2>,
+                                       int15_prepare<Codes, 2>,
+                                       int15_multiply<Codes, 2>};
   return &kProduct;
 }
 

@@ -167,8 +167,11 @@ inline float multiply_row(const Matrix& w, int64_t row, const float* x, const Fe
     }
     load_scales_at(w, row, from, fetcher, scales);
     fetcher.weight(bytes + from * w.format.bits / 8, kChunk * w.format.bits / 8);
-    const float* chunk = Values::read(w.format, bytes, from, kChunk, scales, values);
-    dot<1, 1>(&chunk, &x, from, kChunk, &sums, 0);
+    if constexpr (Values::kPlain < 0) {
+      Values::each(w.format, bytes, from, kChunk, scales, [&](int i, int v, Floats some) {
+        sums.sums[v % kSums] += some * load_floats(x + from + i);
+      });
+    }
   }
   if (whole < w.in) {
     load_scales_at(w, row, whole, fetcher, scales);

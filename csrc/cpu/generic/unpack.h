@@ -61,11 +61,16 @@ inline void load_scales(const Matrix& w, int64_t row, int64_t from, int64_t coun
 }
 
 // How the values of a format are read: `row` is a row of the weight, `from` a multiple of kChunk,
-// count <= kChunk. The result is the address of `count` values: `to`, or the weight itself. kPlain:
-// the dtype of a weight that is not quantized, or -1.
+// count <= kChunk. Each class has
+//
+//   each(format, row, from, count, scales, take): take(i, v, values) for the vectors of values
+//   [from, from + count), i counted from `from`; v is i / kFloats modulo the vectors of a run,
+//   and known to the compiler
+//   read(format, row, from, count, scales, to): the address of the values: `to`, or the weight
+//   kPlain: the dtype of a weight that is not quantized, or -1
 
-template <int kBits>
-struct AffineValues {
+template <class Values>
+struct Coded {
   static constexpr int kPlain = -1;
   [[gnu::always_inline]] static inline const float* read(const Format& format,
                                                          const uint8_t* row,
@@ -73,54 +78,77 @@ struct AffineValues {
                                                          int count,
                                                          const Scales& s,
                                                          float* to) {
+    Values::each(format, row, from, count, s,
+                 [to](int i, int, Floats values) { store_floats(to + i, values); });
+    return to;
+  }
+};
+
+template <int kBits>
+struct AffineValues : Coded<AffineValues<kBits>> {
+  template <class Take>
+  [[gnu::always_inline]] static inline void each(const Format& format,
+                                                 const uint8_t* row,
+                                                 int64_t from,
+                                                 int count,
+                                                 const Scales& s,
+                                                 const Take& take) {
     const uint8_t* run = row + from * kBits / 8;
     const int64_t first = from % Scales::kValues;
     const int shift = __builtin_ctz(static_cast<unsigned>(format.group));  // a power of two
     for (int i = 0; i < count; i += kRun, run += 4 * kBits) {
-      const float scale = s.scale[(first + i) >> shift];
-      const float offset = s.offset[(first + i) >> shift];
+      const int64_t group = (first + i) >> shift;
+      const ScaledCodes<kBits> codes(s.scale[group], s.offset[group]);
       for (int v = 0; v < kRunVectors; ++v) {
-        if constexpr (kBits == 8) {
-          store_floats(to + i + v * kFloats,
-                       scale * converted(load_bytes(run + v * kFloats)) + offset);
-        } else {
-          const Floats step = scale * inverse_shifts<kBits>(v);
-          store_floats(to + i + v * kFloats, step * load_shifted_codes<kBits>(run, v) + offset);
-        }
+        take(i + v * kFloats, v, codes.load(run, v));
       }
     }
-    return to;
   }
 };
 
 template <int kGroup>
-struct E2m1Values {
-  static constexpr int kPlain = -1;
-  [[gnu::always_inline]] static inline const float* read(
-      const Format&, const uint8_t* row, int64_t from, int count, const Scales& s, float* to) {
+struct E2m1Values : Coded<E2m1Values<kGroup>> {
+  template <class Take>
+  [[gnu::always_inline]] static inline void each(const Format&,
+                                                 const uint8_t* row,
+                                                 int64_t from,
+                                                 int count,
+                                                 const Scales& s,
+                                                 const Take& take) {
+    constexpr int kHalf = 16 / kFloats;  // vectors of half a run
     const float* scales = s.scale + from % Scales::kValues / kGroup;
     const uint8_t* codes = row + from / 2;
-    for (int i = 0; i < count; i += 16) {
-      load_e2m1(codes + i / 2, to + i);
-      const float half = 0.5f * scales[i / kGroup];
-      for (int k = 0; k < 16; k += kFloats) {
-        store_floats(to + i + k, half * load_floats(to + i + k));
+    for (int i = 0; i < count; i += kRun) {
+      ScaledE2m1 scaled(scales[i / kGroup]);
+      for (int half = 0; half < 2 && i + 16 * half < count; ++half) {
+        if (half != 0 && kGroup == 16) {
+          scaled = ScaledE2m1(scales[i / kGroup + 1]);
+        }
+        Floats values[kHalf];
+        scaled.load(codes + i / 2 + 8 * half, values);
+        for (int k = 0; k < kHalf; ++k) {
+          take(i + 16 * half + k * kFloats, half * kHalf + k, values[k]);
+        }
       }
     }
-    return to;
   }
 };
 
-struct E4m3Values {
-  static constexpr int kPlain = -1;
-  [[gnu::always_inline]] static inline const float* read(
-      const Format&, const uint8_t* row, int64_t from, int count, const Scales& s, float* to) {
+struct E4m3Values : Coded<E4m3Values> {
+  template <class Take>
+  [[gnu::always_inline]] static inline void each(const Format&,
+                                                 const uint8_t* row,
+                                                 int64_t from,
+                                                 int count,
+                                                 const Scales& s,
+                                                 const Take& take) {
     const float* scales = s.scale + from % Scales::kValues / 32;
     const uint8_t* codes = row + from;
-    for (int i = 0; i < count; i += kFloats) {
-      store_floats(to + i, scales[i / 32] * load_e4m3(codes + i));
+    for (int i = 0; i < count; i += kRun) {
+      for (int v = 0; v < kRunVectors; ++v) {
+        take(i + v * kFloats, v, scales[i / 32] * load_e4m3(codes + i + v * kFloats));
+      }
     }
-    return to;
   }
 };
 

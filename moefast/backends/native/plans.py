@@ -16,20 +16,21 @@ from . import dtypes
 from .flat import arrays_of, multiplied, reference_of, rounded
 from .loading import bindings
 
-# What a layer does between its products. These need no plan: they take what the reference takes.
+# What a layer does between its products. These need no plan: they take what the reference takes. Through
+# NumPy the attention alone is faster than MLX's own operations.
 BESIDE_EXPERTS = ("attention", "cached_attention", "rms_norm", "layer_norm", "rope", "embed")
 
 
 def bind(problem: Problem) -> Bound:
     """What runs a problem."""
-    if problem.op == "embed":
-        return _bind_embed(problem)
-    if problem.op in BESIDE_EXPERTS:
-        return Bound(getattr(bindings().native, problem.op))
     if not bindings().native:
         from . import through_numpy
 
         return Bound(through_numpy.bind(problem))
+    if problem.op == "embed":
+        return _bind_embed(problem)
+    if problem.op in BESIDE_EXPERTS:
+        return Bound(getattr(bindings().native, problem.op))
     operator = _operator(problem.op, dtype_name(problem.dtype), problem.details)
     of_layers = {"quantized_matmul": operator.matmul_of, "moe": operator.moe_of}.get(problem.op)
     return Bound(_RUN[problem.op](operator), of_layers)

@@ -15,7 +15,7 @@ def why_not(problem: Problem) -> str | None:
     """Why the kernels cannot run ``problem``, or None."""
     if problem.device != "cpu":
         return "its kernels run on a CPU, and MLX's default device is the GPU"
-    if problem.op in BESIDE_EXPERTS and not bindings().native:
+    if problem.op in BESIDE_EXPERTS and problem.op != "attention" and not bindings().native:
         return f"it runs through NumPy here, which has no {problem.op}"
     for detail in problem.details:
         if isinstance(detail, RouterSpec):

@@ -19,6 +19,7 @@ from ...registry import Problem
 from ...routing import Routing
 from ...specs import RouterSpec
 from ...weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert, dtype_name
+from ..reference import REFERENCE
 from . import dtypes
 from .flat import DIFFERENTIABLE, arrays_of, present, reference_of, roles, rounded
 from .loading import bindings
@@ -34,6 +35,8 @@ def engine() -> Any:
 
 def bind(problem: Problem) -> Callable[..., Any]:
     """The callable for a problem, with the signature of the reference's function."""
+    if problem.op == "attention":
+        return _attention
     flat = _differentiable(problem)
 
     def matmul(x: mx.array, weight: Projection) -> mx.array:
@@ -108,13 +111,7 @@ def _differentiable(problem: Problem) -> Flat:
 
 def _eager(problem: Problem, arrays: tuple[mx.array, ...]) -> list[mx.array]:
     """Evaluate the inputs and run the kernels."""
-    try:
-        mx.eval(arrays)
-    except (RuntimeError, ValueError) as error:
-        if "during function transformations" not in str(error):
-            raise
-        rule = "backend 'native' must evaluate its inputs where it runs through NumPy (see `moefast doctor`)"
-        refuse(problem.op, f"{rule}: compile and vmap with use_backend('reference')", "a traced array")
+    _evaluate(problem.op, arrays)
     on, rest = engine(), iter(arrays)
     dtype = dtype_name(problem.dtype)
     details: tuple[Any, ...] = problem.details
@@ -136,6 +133,41 @@ def _eager(problem: Problem, arrays: tuple[mx.array, ...]) -> list[mx.array]:
     if mix is None:
         return [_mlx(on.switch_glu(first, experts, indices, out_dtype=out), out)]
     return [_mlx(on.experts(first, experts, indices, np.ascontiguousarray(mix), out_dtype=out), out)]
+
+
+def _evaluate(op: str, arrays: tuple[mx.array, ...]) -> None:
+    try:
+        mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        if "during function transformations" not in str(error):
+            raise
+        rule = "backend 'native' must evaluate its inputs where it runs through NumPy (see `moefast doctor`)"
+        refuse(op, f"{rule}: compile and vmap with use_backend('reference')", "a traced array")
+
+
+def _attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
+    return _attention_of(scale, causal)(queries, keys, values)
+
+
+@lru_cache(maxsize=256)
+def _attention_of(scale: float, causal: bool) -> Callable[..., mx.array]:
+    """The kernel, with the reference's derivatives."""
+
+    @mx.custom_function
+    def attention(*arrays: mx.array) -> mx.array:
+        _evaluate("attention", arrays)
+        heads = [_rows_together(array) for array in arrays]
+        return _mlx(engine().attention(*heads, scale=scale, causal=causal), dtype_name(arrays[0].dtype))
+
+    @attention.vjp
+    def vjp(primals: Any, cotangent: Any, _: Any) -> Any:
+        def again(*arrays: mx.array) -> list[mx.array]:
+            return [REFERENCE.kernels["attention"].run(*arrays, scale, causal)]
+
+        return tuple(mx.vjp(again, list(primals), [cotangent])[1])
+
+    kernel: Callable[..., mx.array] = attention  # type: ignore[assignment]  # see _differentiable
+    return kernel
 
 
 def _moe(on: Any, x: Any, dtype: str, details: tuple[Any, ...], rest: Iterator[mx.array]) -> mx.array:
@@ -164,6 +196,13 @@ def _numpy(array: mx.array) -> Any:
     view = np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
     even = view.ndim <= 2 and (view.shape[-1] == 1 or view.strides[-1] == view.itemsize)
     return view if even else np.ascontiguousarray(view)
+
+
+def _rows_together(array: mx.array) -> Any:
+    """A view of an evaluated array, wherever its rows are; they themselves must be contiguous."""
+    view = np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+    together = view.shape[-1] == 1 or view.strides[-1] == view.itemsize
+    return view if together else np.ascontiguousarray(view)
 
 
 def _mlx(array: Any, dtype: str) -> mx.array:

@@ -38,6 +38,7 @@ examples:
   %(prog)s --families qwen2_moe dbrx --layers 4 --budget 300
   %(prog)s --subjects mlx-lm-fp32 reference   two of the subjects
   %(prog)s --plot bench.png --json bench.json
+  %(prog)s --families qwen2_moe --profile    where the time goes, too
 
 exit status: 0; 1 if an output was wrong; 2 for bad arguments."""
 
@@ -73,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              f"(default here: {' '.join([*STOCK, *available])})")  # fmt: skip
     parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and prompts (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON to a file, too")
+    parser.add_argument("--profile", action="store_true",
+                        help="show, too, where the time of each subject goes, part by part")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures")
     parser.set_defaults(program=parser.prog)
 
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         goal=Goal(args.prompt_tokens, args.decode_tokens, args.repeats),
         subjects=list(dict.fromkeys(args.subjects)),
         seed=args.seed,
+        profile=args.profile,
     )
     out = report.console()
     for line in (*report.machine_lines(facts), f"bandwidth: {bandwidth}"):
@@ -116,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
             mx.clear_cache()  # the next family's arrays have other sizes
             out.print()
             out.print(report.family_table(found[-1], settings.goal, bandwidth.roof))
+            for figures in found[-1].figures:
+                if figures.label in found[-1].profiles:
+                    out.print()
+                    out.print(report.profile_table(found[-1], figures))
     out.print()
     for line in (*report.legend(found), *report.failures(found)):
         out.print(line)
@@ -136,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
             "repeats": args.repeats,
             "budget": args.budget,
             "seed": args.seed,
+            "profile": args.profile,
         },
         "unavailable": absent,
         "families": [x.as_json() for x in found],
@@ -180,6 +189,7 @@ def repro(args: argparse.Namespace) -> str:
     for name in ("bits", "prompt_tokens", "decode_tokens", "budget", "repeats", "seed"):
         value = getattr(args, name)
         words += ["--" + name.replace("_", "-"), f"{value:g}" if isinstance(value, float) else str(value)]
+    words += ["--profile"] * args.profile
     return shlex.join([*words, "--subjects", *args.subjects])
 
 

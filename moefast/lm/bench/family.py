@@ -12,8 +12,9 @@ import mlx.core as mx
 from ..presets import preset
 from .measure import PHASES, Bench, Figures, Goal, baseline, ratio_to
 from .models import build, bytes_per_token, draw_weights, fill, in_float32
-from .plan import grow
-from .subjects import ModelSubject, Subject
+from .plan import affordable, grow
+from .profile import Profile, parts_of, profile
+from .subjects import ModelSubject
 from .truth import Prompt, Truth
 
 STOCK = {"mlx-lm-bf16": mx.bfloat16, "mlx-lm-fp32": mx.float32}
@@ -27,6 +28,9 @@ _WARM_UP = Goal(prefill=8, decode=2, repeats=1)
 _UNHURRIED = 3600.0
 # Part of a family's time that every subject gets, even where building the models has used it up.
 _LEAST_PART = 0.05
+# Part of a family's time that profiles get, and forward passes of each kind that are enough.
+_PROFILE_PART = 1 / 3
+_PROFILE_PASSES = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class Settings:
         goal: token counts and repeats.
         subjects: labels: ``mlx-lm-bf16``, ``mlx-lm-fp32``, or a backend of moefast.
         seed: of weights and prompts.
+        profile: say, too, where the time goes.
     """
 
     size: str
@@ -46,6 +51,7 @@ class Settings:
     goal: Goal
     subjects: Sequence[str]
     seed: int
+    profile: bool = False
 
 
 class FamilyFigures(NamedTuple):
@@ -57,6 +63,7 @@ class FamilyFigures(NamedTuple):
         context: tokens in the cache where decoding starts.
         figures: one per subject.
         seconds: that all of it took.
+        profiles: subject -> phase -> where its time goes; empty where nobody asked.
     """
 
     family: str
@@ -65,6 +72,7 @@ class FamilyFigures(NamedTuple):
     context: int
     figures: list[Figures]
     seconds: float
+    profiles: dict[str, dict[str, Profile]]
 
     @property
     def passed(self) -> bool:
@@ -98,6 +106,7 @@ class FamilyFigures(NamedTuple):
             "error": {phase: found[-1].error._asdict() for phase, found in f.verdicts.items()},
             "compared_tokens": {phase: found[-1].tokens for phase, found in f.verdicts.items()},
             **{phase: self._phase(f, phase) for phase in PHASES},
+            "profile": {phase: p.as_json() for phase, p in self.profiles.get(f.label, {}).items()} or None,
         }
 
     def _phase(self, f: Figures, phase: str) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def run_family(
     """
     start = time.perf_counter()
     progress("warming up")
-    _measure(family, replace(settings, size="tiny", goal=_WARM_UP), _UNHURRIED, lambda _: None)
+    _measure(family, replace(settings, size="tiny", goal=_WARM_UP, profile=False), _UNHURRIED, lambda _: None)
     left = seconds - (time.perf_counter() - start)
     figures = _measure(family, settings, left, progress)
     return figures._replace(seconds=time.perf_counter() - start)
@@ -158,7 +167,7 @@ def _measure(
     _run_truth(rounded, goal.prefill, _TRUTH_PART * seconds)
     plain.run(rounded.context)
 
-    subjects: list[Subject] = []
+    subjects: list[ModelSubject] = []
     for label in settings.subjects:
         if label in STOCK:
             dtype = STOCK[label]
@@ -171,8 +180,12 @@ def _measure(
             subject = ModelSubject(label, model, mx.bfloat16, label, rounded, steps=goal.decode, judged=True)
         subjects.append(subject)
     left = seconds - (time.perf_counter() - start)
-    bench = Bench(goal, left, least=_LEAST_PART * seconds, progress=progress)
+    measuring = left * (1 - _PROFILE_PART) if settings.profile else left
+    bench = Bench(goal, measuring, least=_LEAST_PART * seconds, progress=progress)
     figures = bench.measure(subjects)
+    profiles: dict[str, dict[str, Profile]] = {}
+    if settings.profile:
+        profiles = _profile(model, subjects, figures, seconds - (time.perf_counter() - start), progress)
     return FamilyFigures(
         family=family,
         layers=len(model.layers),
@@ -180,7 +193,32 @@ def _measure(
         context=rounded.context,
         figures=figures,
         seconds=time.perf_counter() - start,
+        profiles=profiles,
     )
+
+
+def _profile(
+    model: Any,
+    subjects: Sequence[ModelSubject],
+    figures: Sequence[Figures],
+    seconds: float,
+    progress: Callable[[str], None],
+) -> dict[str, dict[str, Profile]]:
+    """Where the time of each subject goes that was measured, at its largest token counts if time allows."""
+    parts = parts_of(model)
+    wanted = [(s, f, phase) for s, f in zip(subjects, figures, strict=True) for phase in f.measured]
+    end = time.perf_counter() + seconds
+    found: dict[str, dict[str, Profile]] = {}
+    for i, (subject, f, phase) in enumerate(wanted):
+        left = max(0.0, end - time.perf_counter()) / (len(wanted) - i)
+        rates = f.rates(phase)
+        most = max(rates)
+        # A run of either kind, and another one.
+        tokens = max(1, affordable(most, 1 / rates[most].median, left / 4))
+        progress(f"{f.label}: profiling {phase}, {tokens} tokens")
+        made = profile(subject, parts, phase, tokens, passes=_PROFILE_PASSES, seconds=left)
+        found.setdefault(f.label, {})[phase] = made
+    return found
 
 
 def _run_truth(truth: Truth, full: int, seconds: float) -> None:

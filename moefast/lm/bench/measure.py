@@ -74,6 +74,11 @@ class Figures:
             return {}
         return {n: rate(n, point.seconds) for n, point in self.points[phase].items() if point.seconds}
 
+    @property
+    def measured(self) -> list[str]:
+        """The phases that have figures."""
+        return [phase for phase in PHASES if self.rates(phase)]
+
     def most(self, phase: str) -> int:
         """The largest token count of a phase; 0 where it was not measured."""
         return max(self.points[phase], default=0)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .family import FamilyFigures
 from .measure import PHASES, Figures, Goal, baseline, ratio_to
+from .profile import PARTS, Cost
 from .stats import Rate
 
 # Narrower output (a pipe, a file) would fold every cell.
@@ -74,6 +75,42 @@ def family_table(family: FamilyFigures, goal: Goal, roof: float) -> Table:
     return table
 
 
+def profile_table(family: FamilyFigures, f: Figures) -> Table:
+    """Where a subject's time goes: a row for each part, and the same passes in one piece below."""
+    profiles = family.profiles[f.label]
+    table = Table(
+        title=f"{family.family}, {name_of(f)}: where the time of a forward pass goes",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("part", no_wrap=True)
+    for phase, p in profiles.items():
+        tokens = f"{p.tokens} tokens" if phase == "prefill" else "1 token"
+        table.add_column(f"{phase}\n{tokens}: ms", justify="right", no_wrap=True)
+        table.add_column("of all\nparts", justify="right", no_wrap=True)
+        table.add_column("Python\nms", justify="right", no_wrap=True)
+        table.add_column("calls", justify="right", no_wrap=True)
+    for part in PARTS:
+        if any(p.costs[part].calls for p in profiles.values()):
+            cells = [_cost(p.costs[part], p.stopped) for p in profiles.values()]
+            table.add_row(part, *(cell for row in cells for cell in row))
+    table.add_section()
+    table.add_row("all parts", *(cell for p in profiles.values() for cell in _total(p.stopped, p.python)))
+    table.add_row("in one piece", *(cell for p in profiles.values() for cell in _total(p.whole, p.building)))
+    return table
+
+
+def _cost(cost: Cost, total: float) -> list[str]:
+    if not cost.calls:
+        return [""] * 4
+    own = cost.evaluating + cost.python
+    return [number(1e3 * own), f"{own / total:.1%}", number(1e3 * cost.python), str(cost.calls)]
+
+
+def _total(seconds: float, python: float) -> list[str]:
+    return [number(1e3 * seconds), "", number(1e3 * python), ""]
+
+
 def name_of(f: Figures) -> str:
     """Who, in what precision: ``reference bf16``."""
     short = {"bfloat16": "bf16", "float32": "fp32"}[f.dtype]
@@ -100,6 +137,13 @@ def legend(families: Sequence[FamilyFigures]) -> list[str]:
         "peak: MLX's highest memory, as if the subject were alone in the process.",
         "tokens 4/512: four instead of the 512 asked for, so that the budget holds.",
     ]
+    if any(x.profiles for x in families):
+        lines += [
+            "ms of a part: its own, not that of parts within it; an attention is without its projections.",
+            "Python ms: of it until the call returned: the graph is built then. The rest is evaluation.",
+            "all parts: with mx.eval before and after each. in one piece: the same pass as it usually runs.",
+            "router: in mlx-lm up to the chosen experts; in moefast the logits, the choice is the block's.",
+        ]
     if any(v.bound is None for v in verdicts):
         lines.append(
             "mlx-lm in bf16: its error is shown, not judged; it counts tokens routed otherwise, too."

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ...backends import use_backend
 from ...testing import Bound, Error, error, logits_bound
 from .models import parameters_of
-from .truth import Outcome, Truth, run_like, run_prefill, run_step
+from .truth import Outcome, Truth, build_prefill, build_step, run_like, run_prefill, run_step
 
 
 class Verdict(NamedTuple):
@@ -30,6 +31,20 @@ class Verdict(NamedTuple):
     bound: Bound | None
     passed: bool
     tokens: int
+
+
+class Forward(NamedTuple):
+    """What a run consists of.
+
+    Attributes:
+        model: that runs.
+        cache: that it reads and extends, a KV cache per layer.
+        passes: functions that build one forward pass each, for someone to evaluate.
+    """
+
+    model: Any
+    cache: Sequence[Any]
+    passes: Sequence[Callable[[], list[mx.array]]]
 
 
 class Subject(Protocol):
@@ -95,13 +110,22 @@ class ModelSubject:
 
     def run(self, phase: str, tokens: int) -> None:
         """See :class:`Subject`. Decoding starts from the context and leaves the cache as it was."""
+        with self.opened(phase, tokens) as forward:
+            for build in forward.passes:
+                mx.eval(build())
+
+    @contextmanager
+    def opened(self, phase: str, tokens: int) -> Iterator[Forward]:
+        """What a run consists of, on this subject's backend. All passes are to be evaluated, in order."""
         prompt = self._truth.prompt
         with self._using(), self._metered():
             if phase == "prefill":
-                run_prefill(self._model, prompt.prefill[:tokens], make_prompt_cache(self._model))
+                cache = make_prompt_cache(self._model)
+                whole = partial(build_prefill, self._model, prompt.prefill[:tokens], cache)
+                yield Forward(self._model, cache, [whole])
                 return
-            for i in range(tokens):
-                run_step(self._model, prompt.decode[i], self._cache)
+            steps = [partial(build_step, self._model, token, self._cache) for token in prompt.decode[:tokens]]
+            yield Forward(self._model, self._cache, steps)
             self._rewind(tokens)
 
     def verify(self, phase: str, tokens: int) -> tuple[Verdict, float]:

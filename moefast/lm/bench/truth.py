@@ -45,22 +45,44 @@ class Prompt(NamedTuple):
         )
 
 
-def run_prefill(model: Any, tokens: mx.array, cache: Any) -> mx.array:
-    """Every layer on every token, the head on the last one. tokens: ``[n]`` -> hidden ``[n, hidden]``.
+def build_prefill(model: Any, tokens: mx.array, cache: Any) -> list[mx.array]:
+    """Every layer on every token, the head on the last one; not evaluated.
 
     mlx-lm evaluates the caches only; MLX being lazy, the last layer's experts would then never run, which
     is one layer in two where a model was cut to two.
+
+    Args:
+        tokens: ``[n]``.
+
+    Returns:
+        Hidden states ``[1, n, hidden]`` and the last token's logits ``[1, 1, vocabulary]``.
     """
     hidden: mx.array = backbone_of(model)(tokens[None], cache)
-    mx.eval(hidden, head(model, hidden[:, -1:]))
-    return hidden[0]
+    return [hidden, head(model, hidden[:, -1:])]
+
+
+def run_prefill(model: Any, tokens: mx.array, cache: Any) -> mx.array:
+    """:func:`build_prefill`, evaluated. Returns hidden ``[n, hidden]``."""
+    results = build_prefill(model, tokens, cache)
+    mx.eval(results)
+    return results[0][0]
+
+
+def build_step(model: Any, token: mx.array, cache: Any) -> list[mx.array]:
+    """One decoded token, as mlx-lm's ``generate_step`` does it, greedily; not evaluated.
+
+    Returns:
+        The token ``[1]``, and the logits ``[1, vocabulary]`` it was chosen from.
+    """
+    logits: mx.array = model(token[None, None], cache=cache)[:, -1, :]
+    logprobs = logits - mx.logsumexp(logits, keepdims=True)
+    return [mx.argmax(logprobs, axis=-1), logits]
 
 
 def run_step(model: Any, token: mx.array, cache: Any) -> mx.array:
-    """One decoded token, as mlx-lm's ``generate_step`` does it, greedily. Returns logits ``[vocabulary]``."""
-    logits: mx.array = model(token[None, None], cache=cache)[:, -1, :]
-    logprobs = logits - mx.logsumexp(logits, keepdims=True)
-    mx.eval(mx.argmax(logprobs, axis=-1))
+    """:func:`build_step`, evaluated. Returns logits ``[vocabulary]``."""
+    chosen, logits = build_step(model, token, cache)
+    mx.eval(chosen)
     return logits[0]
 
 
