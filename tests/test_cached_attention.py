@@ -196,3 +196,11 @@ def test_refuses_what_does_not_fit(
     usual = {"offset": 0, "rotation": Rotation(16, base=1e4), "scale": 1.0, "causal": False}
     with pytest.raises(ValueError, match=rule):
         cached_attention(*arrays, **{**usual, **settings})
+
+
+@pytest.mark.parametrize("offset", [8, 2**31 - 1, -1])
+def test_the_binding_itself_writes_nowhere_else(offset: int) -> None:
+    native = pytest.importorskip("moefast._native", reason="moefast was installed without it")
+    arrays = [mx.ones(shape) for shape in GOOD]
+    with pytest.raises(ValueError, match=r"\[cached_attention\] offset \+ length must be within"):
+        native.cached_attention(*arrays, offset, 16, False, 1e4, 1.0, None, 1.0, False)

@@ -209,7 +209,7 @@ void check(const std::vector<mx::array>& in, int offset) {
     refuse(kName, "queries, keys and values must fit the cache " + shape_text(ck),
            shape_text(q) + ", " + shape_text(k) + " and " + shape_text(v));
   }
-  if (offset < 0 || offset + q.shape(1) > ck.shape(2)) {
+  if (offset < 0 || offset > ck.shape(2) - q.shape(1)) {
     refuse(kName, "offset + length must be within the cache's " + std::to_string(ck.shape(2)),
            std::to_string(offset) + " + " + std::to_string(q.shape(1)));
   }
