@@ -10,7 +10,7 @@ import pytest
 from conftest import Floats
 from formats import DTYPES
 from mlx_lm.models.cache import KVCache
-from test_attention import oracle as attended
+from oracle import attention as attended
 from test_rope import oracle as turned
 from test_rope import wavelengths
 
