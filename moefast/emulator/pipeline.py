@@ -174,9 +174,22 @@ def standard_library() -> Path:
     def make(folder: Path) -> None:
         command = [*toolchain().clang, *toolchain().target, *_LANGUAGE]
         header = str(PACKAGE / "msl" / "library.h")
-        must([*command, "-Xclang", "-emit-pch", "-c", header, "-o", str(folder / "library.pch")])
+        # It names the headers it was made of; that they still are the same, the cache's key says.
+        without_times = ("-Xclang", "-fno-pch-timestamp")
+        must(
+            [
+                *command,
+                *without_times,
+                "-Xclang",
+                "-emit-pch",
+                "-c",
+                header,
+                "-o",
+                str(folder / "library.pch"),
+            ]
+        )
 
-    return cache.entry(f"library-{cache.key('library')}", make) / "library.pch"
+    return cache.entry(f"library-{cache.key('library', PACKAGE)}", make) / "library.pch"
 
 
 def optimise(ir: str, level: str) -> str:
