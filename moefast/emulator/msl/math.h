@@ -4,13 +4,11 @@
 // double: correctly rounded but for about one result in 2^29, on every host. Half computes in float
 // and rounds once more.
 
-#define MSL_RUNTIME_1(X)                                                                   \
-  X(acos)                                                                                  \
-  X(acosh)                                                                                 \
-  X(asin)                                                                                  \
-  X(asinh)                                                                                 \
-  X(atan) X(atanh) X(cos) X(cosh) X(cospi) X(exp) X(exp10) X(exp2) X(log) X(log10) X(log2) \
-      X(rsqrt) X(sin) X(sinh) X(sinpi) X(tan) X(tanh) X(tanpi)
+// clang-format off
+#define MSL_RUNTIME_1(X)                                                                       \
+  X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atanh) X(cos) X(cosh) X(cospi) X(exp) X(exp10)   \
+  X(exp2) X(log) X(log10) X(log2) X(rsqrt) X(sin) X(sinh) X(sinpi) X(tan) X(tanh) X(tanpi)
+// clang-format on
 #define MSL_EXACT_1(X) X(ceil) X(floor) X(fract) X(rint) X(round) X(sqrt) X(trunc)
 #define MSL_RUNTIME_2(X) X(atan2) X(fmod) X(pow) X(powr)
 #define MSL_EXACT_2(X) X(divide) X(fdim) X(fmax) X(fmin)
@@ -152,8 +150,12 @@ MSL_RUNTIME_1(MSL_FLOAT_1)
 MSL_EXACT_1(MSL_FLOAT_1)
 MSL_FLOAT_1(fabs)
 MSL_RUNTIME_1(MSL_HALF_1)
-MSL_EXACT_1(MSL_HALF_1) MSL_HALF_1(fabs) MSL_RUNTIME_2(MSL_FLOAT_2) MSL_EXACT_2(MSL_FLOAT_2)
-    MSL_RUNTIME_2(MSL_HALF_2) MSL_EXACT_2(MSL_HALF_2)
+MSL_EXACT_1(MSL_HALF_1)
+MSL_HALF_1(fabs)
+MSL_RUNTIME_2(MSL_FLOAT_2)
+MSL_EXACT_2(MSL_FLOAT_2)
+MSL_RUNTIME_2(MSL_HALF_2)
+MSL_EXACT_2(MSL_HALF_2)
 
     // fast:: and precise:: have float only: a half argument is computed in float and stays float.
     namespace fast {
