@@ -146,26 +146,21 @@ MSL_INLINE float __metal_fmedian3(float x, float y, float z, int) {
       x[i] = (half)msl_##name((float)x[i], (float)y[i]);         \
     return x;                                                    \
   }
-MSL_RUNTIME_1(MSL_FLOAT_1)
-MSL_EXACT_1(MSL_FLOAT_1)
-MSL_FLOAT_1(fabs)
-MSL_RUNTIME_1(MSL_HALF_1)
-MSL_EXACT_1(MSL_HALF_1)
-MSL_HALF_1(fabs)
-MSL_RUNTIME_2(MSL_FLOAT_2)
-MSL_EXACT_2(MSL_FLOAT_2)
-MSL_RUNTIME_2(MSL_HALF_2)
-MSL_EXACT_2(MSL_HALF_2)
-
-    // fast:: and precise:: have float only: a half argument is computed in float and stays float.
-    namespace fast {
-  MSL_RUNTIME_1(MSL_FLOAT_1)
-  MSL_EXACT_1(MSL_FLOAT_1) MSL_FLOAT_1(fabs) MSL_RUNTIME_2(MSL_FLOAT_2) MSL_EXACT_2(MSL_FLOAT_2)
+// clang-format off
+MSL_RUNTIME_1(MSL_FLOAT_1) MSL_EXACT_1(MSL_FLOAT_1) MSL_FLOAT_1(fabs)
+MSL_RUNTIME_1(MSL_HALF_1) MSL_EXACT_1(MSL_HALF_1) MSL_HALF_1(fabs)
+MSL_RUNTIME_2(MSL_FLOAT_2) MSL_EXACT_2(MSL_FLOAT_2)
+MSL_RUNTIME_2(MSL_HALF_2) MSL_EXACT_2(MSL_HALF_2)
+// fast:: and precise:: have float only: a half argument is computed in float and stays float.
+namespace fast {
+MSL_RUNTIME_1(MSL_FLOAT_1) MSL_EXACT_1(MSL_FLOAT_1) MSL_FLOAT_1(fabs)
+MSL_RUNTIME_2(MSL_FLOAT_2) MSL_EXACT_2(MSL_FLOAT_2)
 }  // namespace fast
 namespace precise {
-MSL_RUNTIME_1(MSL_FLOAT_1)
-MSL_EXACT_1(MSL_FLOAT_1) MSL_FLOAT_1(fabs) MSL_RUNTIME_2(MSL_FLOAT_2) MSL_EXACT_2(MSL_FLOAT_2)
+MSL_RUNTIME_1(MSL_FLOAT_1) MSL_EXACT_1(MSL_FLOAT_1) MSL_FLOAT_1(fabs)
+MSL_RUNTIME_2(MSL_FLOAT_2) MSL_EXACT_2(MSL_FLOAT_2)
 }  // namespace precise
+// clang-format on
 #undef MSL_FLOAT_1
 #undef MSL_HALF_1
 #undef MSL_FLOAT_2
