@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # find, not $(wildcard), which does not descend into folders.
-cpp_files = find csrc kernels -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' \)
+cpp_files = find csrc kernels moefast/emulator -type f \( -name '*.h' -o -name '*.cpp' -o -name '*.metal' \)
 BUILT_FROM := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -name '*.md' -not -name '*.mk')
 
-.PHONY: help venv test test-all test-asan test-tsan test-neon lint format bench bench-ops wheel clean
+.PHONY: help venv test test-all test-asan test-tsan test-neon oracle lint format bench bench-ops wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,14 @@ test-all: $(STAMP)  ## run the test suite, slow tests included
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 include csrc/checks.mk  # test-asan, test-tsan, test-neon
+
+# Not installed: the wheel is for another system. Its kernels are what MLX's developers compiled with Apple's
+# compiler; tests that compare the emulator with them skip without it.
+oracle: $(STAMP)  ## fetch Apple-compiled kernels: the macOS wheel of the installed MLX (45 MB)
+	mkdir -p build/oracle
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 \
+	  --dest build/oracle "mlx-metal==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("mlx"))')"
+	$(BIN)/python -m zipfile --extract build/oracle/mlx_metal-*.whl build/oracle
 
 lint: $(STAMP)  ## check style and types: ruff, mypy, clang-format
 	$(BIN)/ruff check

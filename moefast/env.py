@@ -2,6 +2,8 @@
 
 ===================  ===================================================================================
 ``MOEFAST_BACKEND``  default backend: ``auto`` (fastest available), or a name of ``moefast.backends()``
+``MOEFAST_CACHE``    folder of what the Metal emulator compiles; by default in the user's cache folder
+``MOEFAST_CLANG``    clang (19 or newer) of the Metal emulator; by default the one of the wheel ``ziglang``
 ``MOEFAST_ISA``      instruction set of the native backend, one of ``ISAS``; by default the best there is
 ``MOEFAST_LOG``      ``1``, true, yes or on: log which kernel each operation chose and why others refused
 ``MOEFAST_THREADS``  threads of the native backend; 0, the default: one per usable core
@@ -31,6 +33,8 @@ class Settings:
     """The environment, parsed."""
 
     backend: str = "auto"
+    cache: str = ""
+    clang: str = ""
     isa: str = ""
     log: bool = False
     threads: int = 0
@@ -49,6 +53,8 @@ class Settings:
             refuse("env", f"MOEFAST_THREADS must be in 0..{_MOST_THREADS}", repr(threads))
         return cls(
             backend=environ.get("MOEFAST_BACKEND", "") or "auto",
+            cache=environ.get("MOEFAST_CACHE", ""),
+            clang=environ.get("MOEFAST_CLANG", ""),
             isa=isa,
             log=log in _ON,
             threads=int(threads),

@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "routing": set(),
     "errors": set(),
     "paths": set(),
-    "emulator": set(),  # a general tool: it knows nothing of MoE
+    "emulator": {"env"},  # a general tool: it knows nothing of MoE
 }
 
 # Parts that may import more than MLX and NumPy when they are imported themselves.

@@ -1,0 +1,159 @@
+"""Compiling one kernel, and finding it again."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import cache, pipeline, runtime
+from .errors import CompileError, Diagnostic
+from .instrument import instrument
+from .ir import Module, Site
+from .pipeline import Unit
+from .reflect import Parameter, Signature, with_types
+
+# Of the runtime: a kernel that calls none of them runs without fibers.
+_MEETING = ("msl_simd_exchange", "msl_simd_barrier", "msl_threadgroup_barrier")
+
+
+class Kernel:
+    """A compiled kernel: what it takes, and its code for either mode.
+
+    Attributes:
+        name: as asked for.
+        signature: parameters, with their types.
+        folder: its entry in the cache.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        stored = json.loads((folder / "kernel.json").read_text())
+        self.signature = _signature(stored["signature"])
+        self.meets: bool = stored["meets"]
+        self._objects: list[str] = stored["objects"]
+
+    @cached_property
+    def ir(self) -> str:
+        """Unoptimised LLVM IR."""
+        return (self.folder / "kernel.ll").read_text()
+
+    @cached_property
+    def run_library(self) -> Path:
+        return cache.put(
+            self.folder / "run.so", lambda out: pipeline.library(self.ir, out, ["-O2"], self._objects)
+        )
+
+    @cached_property
+    def entry(self) -> int:
+        """Address of the kernel's entry, loaded into this process."""
+        runtime.library()  # defines what the kernel calls
+        self._loaded = ctypes.CDLL(str(self.run_library))
+        return ctypes.cast(self._loaded.msl_entry, ctypes.c_void_p).value or 0
+
+    @cached_property
+    def check_library(self) -> Path:
+        def make(out: Path) -> None:
+            checked = instrument(pipeline.optimise(self.ir, "-O1"))
+            # Only code generation: the optimiser knows nothing of what a check may do.
+            pipeline.library(checked.ir, out, ["-O1", "-Xclang", "-disable-llvm-passes"], self._objects)
+            cache.put(
+                self.folder / "sites.json",
+                lambda file: cache.write_json(file, [site.frames for site in checked.sites]),
+            )
+
+        return cache.put(self.folder / "check.so", make)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Places of the source, by the numbers that check mode reports."""
+        assert self.check_library
+        stored = json.loads((self.folder / "sites.json").read_text())
+        return [Site(tuple((f, line, column, name) for f, line, column, name in frames)) for frames in stored]
+
+
+def _signature(stored: dict[str, Any]) -> Signature:
+    return Signature(stored["kernel"], stored["call"], tuple(Parameter(**p) for p in stored["parameters"]))
+
+
+def compile(
+    source: str,
+    kernel: str | None = None,
+    *,
+    function_constants: Mapping[int | str, bool | int | float] | None = None,
+    include_dirs: Sequence[str | Path] = (),
+    defines: Mapping[str, object] | None = None,
+    name: str = "kernel.metal",
+    prelude: str = "",
+) -> Kernel:
+    """Compile one kernel of a Metal source for this machine's CPU.
+
+    Args:
+        source: Metal Shading Language, a whole translation unit.
+        kernel: its name, or the ``host_name`` of an instantiation; None if there is only one.
+        function_constants: values by index or by name. A kernel that uses one without a value is refused.
+        include_dirs: where ``#include`` looks.
+        defines: macros.
+        name: what error messages call the source.
+        prelude: Metal that comes before the source, whose lines are still counted from its own first.
+
+    Raises:
+        CompileError: the source is not what Apple's compiler would accept; every reason, with the user's
+            line.
+        ToolchainError: there is no compiler.
+    """
+    constants = dict(function_constants or {})
+    folders = [str(folder) for folder in include_dirs]
+    asked = cache.key(
+        "kernel", source, kernel, sorted(constants.items(), key=repr), folders, defines, name, prelude
+    )
+    # What the request gave last time, as long as no included file has changed since.
+    index = cache.root() / f"{asked}.json"
+    if index.exists():
+        last = json.loads(index.read_text())
+        if cache.unchanged(last["files"]):
+            return Kernel(last["kernel"], cache.root() / last["folder"])
+    unit = pipeline.front_end(source, name, kernel, constants, folders, defines or {}, prelude)
+    _undefined(unit, name)
+    stamps = cache.stamps(unit.files)
+    folder = cache.entry(cache.key(asked, stamps), lambda made: _store(made, unit))
+    found = {"kernel": unit.signature.kernel, "folder": folder.name, "files": stamps}
+    cache.replace_json(index, found)
+    return Kernel(unit.signature.kernel, folder)
+
+
+def _store(folder: Path, unit: Unit) -> None:
+    pipeline.library(unit.ir, folder / "run.so", ["-O2"])
+    runtime.library()  # defines what the kernel calls
+    loaded = ctypes.CDLL(str(folder / "run.so"), mode=ctypes.RTLD_LOCAL)
+    count = 4 * len(unit.signature.parameters)
+    table = list((ctypes.c_uint32 * count).in_dll(loaded, "msl_parameters")) if count else []
+    store(folder, unit.ir, with_types(unit.signature, table), [])
+
+
+def store(folder: Path, ir: str, signature: Signature, objects: Sequence[str]) -> None:
+    """Writes down what ``Kernel`` reads.
+
+    Args:
+        objects: object files to link with the kernel.
+    """
+    (folder / "kernel.ll").write_text(ir)
+    meets = any(f"@{function}(" in ir for function in _MEETING) or "@msl_air_" in ir
+    stored = {"signature": asdict(signature), "meets": meets, "objects": list(objects)}
+    cache.write_json(folder / "kernel.json", stored)
+
+
+def _undefined(unit: Unit, name: str) -> None:
+    """A function constant without a value must not be used by the kernel."""
+    for line in Module(unit.ir).lines:
+        if line.startswith("@") and "external" in line and "addrspace(2)" in line:
+            constant = line[1:].split(" ")[0]
+            used = sum(f"@{constant}" in other for other in unit.ir.split("\n")) > 1
+            if used:
+                message = f"function constant '{constant}' is used and has no value"
+                raise CompileError(name, [Diagnostic(name, 0, 0, message)])

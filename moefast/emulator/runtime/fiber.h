@@ -1,0 +1,35 @@
+// One GPU thread: a stack of its own, at whose lowest address lies this record. Code that runs on
+// the stack finds the record from the stack pointer, with no thread-local storage.
+#pragma once
+#include "abi.h"
+
+namespace emulator {
+
+constexpr size_t kStackBytes = 128 << 10;
+
+enum class State : uint32_t { kRunnable, kAtSimd, kAtBarrier, kReturned };
+
+struct Worker;
+
+struct Fiber {
+  void* stack;
+  Worker* worker;
+  Context context;
+  State state;
+  uint32_t thread;
+  uint32_t operation;  // at a simd operation: which; at a simdgroup barrier: kBarrierOperation
+  uint32_t flags;      // at a barrier: MemoryFlags
+  uint32_t site;
+  uint32_t bytes;
+  uint32_t slot;     // which of the two exchanges holds what this lane brought
+  uintptr_t pc;      // where it waits
+  uintptr_t caller;  // where the kernel called what waits for it, if that is not the kernel itself
+};
+
+constexpr uint32_t kBarrierOperation = 100;
+
+inline Fiber* current_fiber() {
+  return (Fiber*)((uintptr_t)__builtin_frame_address(0) & ~(uintptr_t)(kStackBytes - 1));
+}
+
+}  // namespace emulator

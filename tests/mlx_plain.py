@@ -1,0 +1,284 @@
+"""MLX's kernels without quantization: products, softmax, element-wise operations, gather, attention."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from mlx_kernels import ROUNDOFF, Run, dot_error, i32, i64, normal, numbers, of, out, scalar
+
+STEEL = "steel/gemm/gemm.h"
+
+
+def _gemm_params(M: int, N: int, K: int, bm: int, bn: int, bk: int) -> np.ndarray:
+    """steel::GEMMParams of C = A B^T."""
+    parts = [
+        i32(M, N, K, K, K, N, (N + bn - 1) // bn, (M + bm - 1) // bm),
+        i64(0, 0, 0),
+        i32(0, K // bk, 1),
+    ]
+    raw = b"".join(part.tobytes() for part in parts)
+    return np.frombuffer(raw + bytes(-len(raw) % 8), np.uint8).copy()
+
+
+def steel_gemm(kind: str, M: int, N: int, K: int) -> Run:
+    bm, bn, bk = 32, 32, 16
+    a, b = of(kind, normal(M, K)), of(kind, normal(N, K, seed=1))
+    return Run(
+        (STEEL, "steel/gemm/kernels/steel_gemm_fused.h"),
+        f'instantiate_kernel("k", gemm, {kind}, {bm}, {bn}, {bk}, 2, 2, false, true, float)',
+        {"A": a, "B": b, "D": out(kind, M, N), "params": _gemm_params(M, N, K, bm, bn, bk)},
+        ((N + bn - 1) // bn * 32, (M + bm - 1) // bm * 2, 2),
+        (32, 2, 2),
+        "D",
+        kind,
+        numbers(a, kind) @ numbers(b, kind).T,
+        dot_error(kind, K),
+        {10: False, 100: False, 110: False, 200: M % bm == 0, 201: N % bn == 0, 202: K % bk == 0, 300: False},
+    )
+
+
+def gather_mm_rhs(kind: str, counts: tuple[int, ...], N: int, K: int) -> Run:
+    """Rows sorted by expert."""
+    bm, bn, bk = 16, 64, 16
+    M, E = sum(counts), len(counts)
+    a, b = of(kind, normal(M, K)), of(kind, normal(E, N, K, seed=1))
+    expert = np.repeat(np.arange(E), counts)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int32)
+    params = _gemm_params(M, N, K, bm, bn, bk)
+    params[40:48] = np.frombuffer(i64(N * K).tobytes(), np.uint8)  # batch_stride_b
+    expected = np.stack([numbers(b, kind)[e] @ row for e, row in zip(expert, numbers(a, kind), strict=True)])
+    return Run(
+        (STEEL, "steel/gemm/kernels/steel_gemm_gather.h"),
+        f'instantiate_kernel("k", gather_mm_rhs, {kind}, {bm}, {bn}, {bk}, 1, 2, false, true, float)',
+        {"A": a, "B": b, "offsets": starts, "C": out(kind, M, N), "params": params, "num_groups": scalar(E)},
+        ((N + bn - 1) // bn * 32, ((M + bm - 1) // bm + E) * 2, 1),
+        (32, 2, 1),
+        "C",
+        kind,
+        expected,
+        dot_error(kind, K),
+        {10: False, 200: M % bm == 0, 201: N % bn == 0, 202: K % bk == 0},
+    )
+
+
+def gemv(kind: str, N: int, K: int) -> Run:
+    return _gemv(kind, N, K, 8, 1)
+
+
+def gemv_wide(kind: str, N: int, K: int) -> Run:
+    """Eight simdgroups share a row."""
+    return _gemv(kind, N, K, 1, 8)
+
+
+def _gemv(kind: str, N: int, K: int, bm: int, bn: int) -> Run:
+    matrix, vector = of(kind, normal(N, K)), of(kind, normal(K, seed=1))
+    tm = 4
+    return Run(
+        ("gemv.h",),
+        f'instantiate_kernel("k", gemv, {kind}, {bm}, {bn}, 1, 32, {tm}, 4, false, false)',
+        {
+            "mat": matrix,
+            "in_vec": vector,
+            "bias": of(kind, np.zeros(1)),
+            "out_vec": out(kind, N),
+            "in_vec_size": scalar(K),
+            "out_vec_size": scalar(N),
+            "marix_ld": scalar(K),
+            "alpha": scalar(1, np.float32),
+            "beta": scalar(0, np.float32),
+            "batch_ndim": scalar(1),
+            "batch_shape": i32(1),
+            "vector_batch_stride": i64(0),
+            "matrix_batch_stride": i64(0),
+            "bias_batch_stride": i64(0),
+            "bias_stride": scalar(1),
+        },
+        ((N + bm * tm - 1) // (bm * tm) * 32, bn, bm),
+        (32, bn, bm),
+        "out_vec",
+        kind,
+        numbers(matrix, kind) @ numbers(vector, kind),
+        dot_error(kind, K),
+    )
+
+
+def softmax(kind: str, rows: int, size: int, precise: bool = True) -> Run:
+    looped = size > 4096
+    x = of(kind, normal(rows, size) * 3)
+    threads = 1024 if looped else (size + 127) // 128 * 32
+    exact = numbers(x, kind)
+    exact = np.exp(exact - exact.max(-1, keepdims=True))
+    accumulator = "float" if precise else kind
+    return Run(
+        ("softmax.h",),
+        f'instantiate_kernel("k", softmax_{"looped" if looped else "single_row"}, {kind}, {accumulator})',
+        {"in": x, "out": out(kind, rows, size), "axis_size": scalar(size)},
+        (rows * threads, 1, 1),
+        (threads, 1, 1),
+        "out",
+        kind,
+        exact / exact.sum(-1, keepdims=True),
+        (8 if precise else 64) * ROUNDOFF[kind],
+    )
+
+
+def logsumexp(kind: str, rows: int, size: int) -> Run:
+    looped = size > 4096
+    x = of(kind, normal(rows, size) * 3)
+    threads = 1024 if looped else (size + 127) // 128 * 32
+    return Run(
+        ("logsumexp.h",),
+        f'instantiate_kernel("k", logsumexp{"_looped" if looped else ""}, {kind})',
+        {"in": x, "out": out(kind, rows), "axis_size": scalar(size)},
+        (rows * threads, 1, 1),
+        (threads, 1, 1),
+        "out",
+        kind,
+        np.log(np.exp(numbers(x, kind)).sum(-1)),
+        8 * ROUNDOFF[kind],
+    )
+
+
+# Names of MLX's operations, and what they are; `sqrt` and its like of positive numbers.
+UNARY = {
+    **{
+        name.capitalize(): getattr(np, name)
+        for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp", "abs")
+    },
+    **{name.capitalize(): getattr(np, name) for name in ("floor", "ceil", "square", "sign", "negative")},
+    "Sqrt": lambda x: np.sqrt(np.abs(x)),
+    "Log": lambda x: np.log(np.abs(x)),
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "Erf": np.vectorize(math.erf),
+    "Expm1": np.expm1,
+    "ArcTan": np.arctan,
+}
+POSITIVE = ("Sqrt", "Log")
+# MLX's expm1f reduces its argument in one step: 1.4e-6 for each power of two are lost. erf calls it.
+LESS_EXACT = {"Expm1": 2.0**-15, "Erf": 2.0**-19}
+
+
+def unary(kind: str, name: str, size: int) -> Run:
+    values = normal(size) * 2
+    x = of(kind, np.abs(values) + 0.1 if name in POSITIVE else values)
+    return Run(
+        ("unary_ops.h", "unary.h"),
+        f'instantiate_kernel("k", unary_v, {kind}, {kind}, {name})',
+        {"in": x, "out": out(kind, size), "size": scalar(size, np.uint32)},
+        (size, 1, 1),
+        (min(size, 1024), 1, 1),
+        "out",
+        kind,
+        UNARY[name](numbers(x, kind)),
+        max(8 * ROUNDOFF[kind], LESS_EXACT.get(name, 0)),
+    )
+
+
+BINARY = {
+    "Add": np.add,
+    "Subtract": np.subtract,
+    "Multiply": np.multiply,
+    "Divide": np.divide,
+    "Maximum": np.maximum,
+    "Minimum": np.minimum,
+    "Power": lambda a, b: np.power(np.abs(a), b),
+    "LogAddExp": np.logaddexp,
+    "ArcTan2": np.arctan2,
+}
+
+
+def binary(kind: str, name: str, size: int) -> Run:
+    a, b = normal(size), normal(size, seed=1)
+    a, b = of(kind, np.exp2(np.tanh(a)) if name == "Power" else a), of(kind, b)
+    return Run(
+        ("binary_ops.h", "binary.h"),
+        f'instantiate_kernel("k", binary_vv, {kind}, {kind}, {name})',
+        {"a": a, "b": b, "c": out(kind, size), "size": scalar(size, np.uint32)},
+        (size, 1, 1),
+        (min(size, 1024), 1, 1),
+        "c",
+        kind,
+        BINARY[name](numbers(a, kind), numbers(b, kind)),
+        4 * ROUNDOFF[kind],
+    )
+
+
+GATHER = """
+[[kernel]] void k(
+    const device {T}* src [[buffer(0)]], device {T}* out [[buffer(1)]], const constant int* src_shape
+    [[buffer(2)]],
+    const constant int64_t* src_strides [[buffer(3)]], const constant size_t& src_ndim [[buffer(4)]],
+    const constant int* slice_sizes [[buffer(5)]], const constant int* axes [[buffer(6)]],
+    const constant int* idx_shapes [[buffer(7)]], const constant int64_t* idx_strides [[buffer(8)]],
+    const constant bool* idx_contigs [[buffer(9)]], const constant int& idx_ndim [[buffer(10)]],
+    const device uint32_t* idx0 [[buffer(20)]],
+    uint3 index [[thread_position_in_grid]], uint3 grid_dim [[threads_per_grid]]) {{
+  Indices<uint32_t, 1> idxs{{{{idx0}}, idx_shapes, idx_strides, idx_contigs, idx_ndim}};
+  return gather_impl<{T}, uint32_t, 1, 1, int>(
+      src, out, src_shape, src_strides, src_ndim, slice_sizes, axes, idxs, index, grid_dim);
+}}
+"""
+
+
+def gather(kind: str, rows: int, columns: int, count: int) -> Run:
+    """Rows of a matrix, through the function that MLX writes a kernel around."""
+    src = of(kind, normal(rows, columns))
+    index = np.random.default_rng(1).integers(0, rows, count).astype(np.uint32)
+    return Run(
+        ("indexing/gather.h",),
+        GATHER.format(T=kind),
+        {
+            "src": src,
+            "out": out(kind, count, columns),
+            "src_shape": i32(rows, columns),
+            "src_strides": i64(columns, 1),
+            "src_ndim": scalar(2, np.uint64),
+            "slice_sizes": i32(1, columns),
+            "axes": i32(0),
+            "idx_shapes": i32(count),
+            "idx_strides": i64(1),
+            "idx_contigs": np.ones(1, np.bool_),
+            "idx_ndim": scalar(1),
+            "idx0": index,
+        },
+        (count, 1, columns),
+        (4, 1, 32),
+        "out",
+        kind,
+        numbers(src, kind)[index],
+        0.0,
+    )
+
+
+def sdpa_vector(kind: str, heads: int, kv_heads: int, length: int, size: int) -> Run:
+    q = of(kind, normal(heads, 1, size))
+    k, v = of(kind, normal(kv_heads, length, size, seed=1)), of(kind, normal(kv_heads, length, size, seed=2))
+    repeat = heads // kv_heads
+    scores = np.einsum("hqd,hkd->hqk", numbers(q, kind), np.repeat(numbers(k, kind), repeat, 0)) * size**-0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return Run(
+        ("sdpa_vector.h",),
+        f'instantiate_kernel("k", sdpa_vector, {kind}, {size}, {size})',
+        {
+            "queries": q,
+            "keys": k,
+            "values": v,
+            "out": out(kind, heads, 1, size),
+            "gqa_factor": scalar(repeat),
+            "N": scalar(length),
+            "k_head_stride": scalar(length * size, np.uint64),
+            "k_seq_stride": scalar(size, np.uint64),
+            "v_head_stride": scalar(length * size, np.uint64),
+            "v_seq_stride": scalar(size, np.uint64),
+            "scale": scalar(size**-0.5, np.float32),
+        },
+        (heads * 1024, 1, 1),
+        (1024, 1, 1),
+        "out",
+        kind,
+        weights @ np.repeat(numbers(v, kind), repeat, 0),
+        16 * ROUNDOFF[kind],
+        {20: False, 21: False, 22: False, 23: False, 24: False, 25: False, 26: 0},
+    )

@@ -1,0 +1,352 @@
+"""Check mode: for each kind of finding a kernel with that one bug, found at its line, and a clean twin,
+silent."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from moefast import emulator
+from moefast.env import settings
+
+pytestmark = pytest.mark.skipif(
+    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
+)
+
+THREADS = 64
+
+KERNEL = """#include <metal_stdlib>
+using namespace metal;
+[[kernel]] void probe(device float* out [[buffer(0)]], const device float* x [[buffer(1)]],
+                      device float* scratch [[buffer(2)]], device atomic_uint* tally [[buffer(3)]],
+                      uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]],
+                      uint group [[threadgroup_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
+BODY
+}
+"""
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+DEVICE_BARRIER = "threadgroup_barrier(mem_flags::mem_device);"
+
+
+class Bug(NamedTuple):
+    """``line`` is the text of the line that must be named; ``groups``: threadgroups of 64 threads."""
+
+    kind: str
+    bad: str
+    good: str
+    line: str
+    groups: int = 1
+    buffer: str = ""
+
+
+SUM = f"""threadgroup float s[64];
+s[t] = x[i];
+{BARRIER}
+for (uint k = 32; k > 0; k >>= 1) {{
+  if (t < k) s[t] += s[t + k];
+  {BARRIER}
+}}
+out[i] = s[0];"""
+
+ROUNDS = f"""threadgroup float s[64]; float sum = 0;
+for (uint k = 0; k < 4; k++) {{
+  s[t] = x[i];
+  {BARRIER}
+  sum += s[63 - t];
+  AGAIN
+}}
+out[i] = sum;"""
+
+SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
+
+BUGS = {
+    "read beyond the end": Bug(
+        "device-read-out-of-bounds", "out[i] = x[i + 1];", "out[i] = x[i];", "x[i + 1]", buffer="x"
+    ),
+    "read before the start": Bug(
+        "device-read-out-of-bounds",
+        "out[i] = x[int(i) - 1];",
+        "out[i] = x[max(int(i) - 1, 0)];",
+        "int(i) - 1",
+        buffer="x",
+    ),
+    "read far beyond": Bug(
+        "device-read-out-of-bounds", "out[i] = x[i + 100000000];", "out[i] = x[i];", "100000000", buffer="x"
+    ),
+    "write beyond the end": Bug(
+        "device-write-out-of-bounds", "out[i * 2] = 1;", "out[i] = 1;", "out[i * 2]", buffer="out"
+    ),
+    "vector half outside": Bug(
+        "device-read-out-of-bounds",
+        "out[i] = i == 0 ? ((const device packed_float4*)(x + 62))[0][3] : 0;",
+        "out[i] = i == 0 ? ((const device packed_float4*)(x + 60))[0][3] : 0;",
+        "packed_float4",
+        buffer="x",
+    ),
+    "threadgroup write outside": Bug(
+        "threadgroup-write-out-of-bounds",
+        f"threadgroup float s[64]; s[t] = 0; {BARRIER}\ns[t * 2] = x[i];\n{BARRIER} out[i] = s[t];",
+        f"threadgroup float s[128]; s[t] = 0; {BARRIER}\ns[t * 2] = x[i];\n{BARRIER} out[i] = s[t * 2];",
+        "s[t * 2]",
+    ),
+    "threadgroup read outside": Bug(
+        "threadgroup-read-out-of-bounds",
+        f"threadgroup float s[64]; s[t] = 0; {BARRIER}\nout[i] = s[t + 1];",
+        f"threadgroup float s[64]; s[t] = 0; {BARRIER}\nout[i] = s[63 - t];",
+        "s[t + 1]",
+    ),
+    "threadgroup read before it is written": Bug(
+        "threadgroup-uninitialised",
+        SUM.replace("s[t] = x[i];", "if (t < 60) s[t] = x[i];"),
+        SUM,
+        "s[t] += s[t + k]",
+    ),
+    "output read before it is written": Bug(
+        "device-uninitialised",
+        "out[i] = scratch[i] + x[i];",
+        "scratch[i] = 1;\nout[i] = scratch[i] + x[i];",
+        "scratch[i] + x[i]",
+        buffer="scratch",
+    ),
+    "misaligned": Bug(
+        "misaligned",
+        "out[i] = i < 15 ? ((const device float4*)(x + 1))[i].x : 0;",
+        "out[i] = i < 15 ? ((const device float4*)(x + 4))[i].x : 0;",
+        "float4*",
+        buffer="x",
+    ),
+    "first barrier missing": Bug("threadgroup-race", SUM.replace(BARRIER, "", 1), SUM, "s[t] += s[t + k]"),
+    "barrier in a loop missing, values right": Bug(
+        # Every round writes the same values: only the race itself tells.
+        "threadgroup-race",
+        ROUNDS.replace("AGAIN", ""),
+        ROUNDS.replace("AGAIN", BARRIER),
+        "s[t] = x[i]",
+    ),
+    "simdgroup barrier between simdgroups": Bug(
+        "threadgroup-race",
+        f"threadgroup float s[64]; s[t] = x[i];\n{SIMD_BARRIER}\nout[i] = s[t ^ 32];",
+        f"threadgroup float s[64]; s[t] = x[i];\n{SIMD_BARRIER}\nout[i] = s[t ^ 1];",
+        "s[t ^ 32]",
+    ),
+    "barrier that fences other memory": Bug(
+        "threadgroup-race",
+        f"threadgroup float s[64]; s[t] = x[i];\n{DEVICE_BARRIER}\nout[i] = s[t ^ 1];",
+        f"threadgroup float s[64]; s[t] = x[i];\n{BARRIER}\nout[i] = s[t ^ 1];",
+        "s[t ^ 1]",
+    ),
+    "device race within a threadgroup": Bug(
+        "device-race",
+        f"scratch[t] = x[i];\n{BARRIER}\nout[i] = scratch[t ^ 1];",
+        f"scratch[t] = x[i];\n{DEVICE_BARRIER}\nout[i] = scratch[t ^ 1];",
+        "scratch[t ^ 1]",
+        buffer="scratch",
+    ),
+    "device race between threadgroups": Bug(
+        "device-race",
+        "scratch[t] = x[i]; out[i] = 0;",
+        "scratch[i] = x[i]; out[i] = 0;",
+        "scratch[t] = x[i]",
+        groups=2,
+        buffer="scratch",
+    ),
+    "write after another threadgroup's read": Bug(
+        "device-race",
+        "if (group == 0) { scratch[i] = 1;\n out[i] = scratch[i]; } else {\n out[i] = 0; scratch[t] = 2;\n}",
+        "if (group == 0) { scratch[i] = 1;\n out[i] = scratch[i]; } else {\n out[i] = 0; scratch[i] = 2;\n}",
+        "scratch[t] = 2",
+        groups=2,
+        buffer="scratch",
+    ),
+    "plain read of a tally": Bug(
+        "device-race",
+        "atomic_fetch_add_explicit(tally, 1u, memory_order_relaxed);\nout[i] = ((device uint*)tally)[0];",
+        "atomic_fetch_add_explicit(tally, 1u, memory_order_relaxed);\nout[i] = 0;",
+        "((device uint*)tally)[0]",
+        groups=2,
+        buffer="tally",
+    ),
+    "barrier in a branch": Bug(
+        "barrier-divergence",
+        f"threadgroup float s[64]; s[t] = x[i];\nif (t < 32) {{\n  {BARRIER}\n}}\nout[i] = x[i];",
+        f"threadgroup float s[64]; s[t] = x[i];\n{{\n  {BARRIER}\n}}\nout[i] = x[i];",
+        BARRIER,
+    ),
+    "two barriers for one": Bug(
+        "barrier-divergence",
+        f"if (t < 32) {{\n  {BARRIER} out[i] = 1;\n}} else {{\n  {BARRIER} out[i] = 2;\n}}",
+        f"{BARRIER} out[i] = 1;",
+        BARRIER,
+    ),
+    "simd_sum in a branch": Bug(
+        "simd-divergence",
+        "float v = x[i];\nif (lane < 20) v = simd_sum(v);\nout[i] = simd_max(v);",
+        "float v = x[i];\nv = simd_sum(lane < 20 ? v : 0);\nout[i] = simd_max(v);",
+        "simd_sum(v)",
+    ),
+    "shuffle after lanes returned": Bug(
+        "simd-partial",
+        "if (t == 3) { out[i] = 0; return; }\nout[i] = simd_shuffle_down(x[i], 2);",
+        "float v = simd_shuffle_down(x[i], 2);\nif (t == 3) { out[i] = 0; return; }\nout[i] = v;",
+        "simd_shuffle_down",
+    ),
+    "too much threadgroup memory": Bug(
+        "threadgroup-memory",
+        "threadgroup float s[8193];\ns[t] = 1; out[i] = s[t];",
+        "threadgroup float s[8192];\ns[t] = 1; out[i] = s[t];",
+        "s[8193]",
+    ),
+    "pointer from nowhere": Bug(
+        "wild-access",
+        "out[i] = *(const device float*)(size_t(i) * 4 + 64);",
+        "out[i] = *(const device float*)(size_t(x) + size_t(i) * 4);",
+        "size_t(i) * 4 + 64",
+    ),
+}
+
+
+def run(body: str, groups: int, **options: Any) -> Any:
+    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe", name="probe.metal")
+    n = groups * THREADS
+    x = np.arange(n, dtype=np.float32)
+    buffers = [np.zeros(n, np.float32), x, emulator.Output((n,), np.float32), np.zeros(4, np.uint32)]
+    return emulator.launch(kernel, buffers, (n, 1, 1), (THREADS, 1, 1), mode="check", raises=False, **options)
+
+
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_bug_is_found_at_its_line(bug: Bug) -> None:
+    source = KERNEL.replace("BODY", bug.bad).split("\n")
+    found = [f for f in run(bug.bad, bug.groups).findings if f.kind == bug.kind]
+    assert found
+    places = [place for f in found for place in (f.place, f.other_place) if place]
+    assert any(place.file == "probe.metal" and bug.line in source[place.line - 1] for place in places), found
+    assert all(f.buffer == bug.buffer for f in found if bug.buffer), found
+
+
+@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+def test_clean_twin_is_silent(bug: Bug) -> None:
+    assert run(bug.good, bug.groups).findings == ()
+
+
+def test_every_kind_has_a_bug() -> None:
+    elsewhere = {"too-many-threads", "time-limit", "crash"}  # tests of their own, below
+    assert {bug.kind for bug in BUGS.values()} | elsewhere == set(emulator.KINDS)
+
+
+def test_missing_trailing_barrier_leaves_the_values_right_and_is_found() -> None:
+    bug = BUGS["barrier in a loop missing, values right"]
+    bad, good = run(bug.bad, 1), run(bug.good, 1)
+    np.testing.assert_array_equal(bad.buffers[0], good.buffers[0])
+    assert {f.kind for f in bad.findings} == {"threadgroup-race"}
+
+
+def test_all_findings_are_raised_together() -> None:
+    body = "out[i * 2] = x[i + 1];\nout[i] = scratch[i];"
+    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe", name="probe.metal")
+    n = THREADS
+    buffers = [
+        np.zeros(n, np.float32),
+        np.zeros(n, np.float32),
+        emulator.Output((n,), np.float32),
+        np.zeros(4, np.uint32),
+    ]
+    with pytest.raises(emulator.EmulatorError) as caught:
+        emulator.launch(kernel, buffers, (n, 1, 1), (n, 1, 1), mode="check")
+    kinds = {f.kind for f in caught.value.findings}
+    assert kinds >= {"device-read-out-of-bounds", "device-write-out-of-bounds", "device-uninitialised"}
+    for finding in caught.value.findings:
+        assert f"probe.metal:{finding.place.line}" in str(caught.value)
+
+
+def test_bounds_tell_who_where_and_by_how_much() -> None:
+    (found,) = run("out[i] = x[i + 1];", 2).findings
+    assert (found.thread, found.threadgroup, found.buffer, found.offset) == (63, (1, 0, 0), "x", 512)
+    assert "4 bytes beyond its 512" in found.message
+
+
+def test_race_tells_both_sides() -> None:
+    (found,) = run("scratch[t] = x[i]; out[i] = 0;", 2).findings
+    assert found.other_threadgroup == (0, 0, 0)
+    assert found.threadgroup == (1, 0, 0)
+    assert found.other_thread == found.thread == 0
+    assert found.other_place == found.place
+    assert found.count == THREADS
+
+
+def test_findings_are_json() -> None:
+    import json
+
+    (found,) = run("out[i] = x[i + 1];", 1).findings
+    assert json.loads(json.dumps(found.data()))["place"]["line"] == found.place.line
+
+
+def test_atomic_traffic_is_no_race() -> None:
+    result = run("atomic_fetch_add_explicit(tally, 1u, memory_order_relaxed); out[i] = 0;", 4)
+    assert result.findings == ()
+    assert result.buffers[3][0] == 4 * THREADS
+    assert result.counters.atomics == 4 * THREADS
+
+
+def test_order_dependent_kernel_shows_under_shuffling() -> None:
+    # Which threadgroup comes first decides; no access races, the sum of all tickets is the same.
+    body = (
+        "uint ticket = atomic_fetch_add_explicit(tally, 1u, memory_order_relaxed);\nout[i] = float(ticket);"
+    )
+    runs = {tuple(run(body, 4, seed=seed).buffers[0]) for seed in (None, 1, 2, 3)}
+    assert len(runs) > 1
+    assert len({sum(values) for values in runs}) == 1
+    np.testing.assert_array_equal(run(body, 4, seed=1).buffers[0], run(body, 4, seed=1).buffers[0])
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
+def test_too_many_threads(mode: str) -> None:
+    kernel = emulator.compile(KERNEL.replace("BODY", "out[i] = x[i];"), "probe")
+    arrays = [np.zeros(2048, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
+    with pytest.raises(emulator.EmulatorError, match="1025"):
+        emulator.launch(kernel, arrays, (2048, 1, 1), (1025, 1, 1), mode=mode)
+    emulator.launch(kernel, arrays, (2048, 1, 1), (1024, 1, 1), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
+def test_hang_is_stopped(mode: str) -> None:
+    body = "while (atomic_load_explicit(tally, memory_order_relaxed) == 0) {\n}\nout[i] = 1;"
+    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe")
+    arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
+    with pytest.raises(emulator.EmulatorError, match=r"longer than its 0\.5 s"):
+        emulator.launch(kernel, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode, time_limit=0.5)
+    # The process is as it was: the next launch works.
+    clean = emulator.compile(KERNEL.replace("BODY", "out[i] = 1;"), "probe")
+    emulator.launch(clean, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
+    assert arrays[0].sum() == THREADS
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
+def test_wild_store_does_not_kill_the_caller(mode: str) -> None:
+    # Through a thread pointer, which nothing checks.
+    body = "*(thread float*)(size_t(i) + 64) = 1;\nout[i] = 0;"
+    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe")
+    arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
+    with pytest.raises(emulator.EmulatorError, match="SIGSEGV"):
+        emulator.launch(kernel, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
+
+
+def test_counters() -> None:
+    body = f"""threadgroup float s[64];
+s[t] = x[i] + x[0];
+{BARRIER}
+out[i] = simd_sum(s[t]);
+simdgroup_float8x8 a = make_filled_simdgroup_matrix<float, 8, 8>(1.0f), b;
+simdgroup_multiply(b, a, a);
+out[i] = b.thread_elements()[0];"""
+    c = run(body, 2).counters
+    assert (c.threads, c.threadgroups, c.barriers) == (128, 2, 2)
+    assert (c.simd_operations, c.multiplies) == (4, 4)
+    assert (c.threadgroup_loaded, c.threadgroup_stored) == (512, 512)
+    x = c.buffers["x"]
+    assert (x.loaded, x.loads, x.unique, x.per_threadgroup) == (1024, 256, 512, 256 + 260)
+    assert c.buffers["out"].stored in (512, 1024)  # the compiler may drop the first of two stores
+    assert c.buffers["scratch"].unique == 0
+    assert c.loaded == 1024
