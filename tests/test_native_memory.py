@@ -40,7 +40,7 @@ if "numpy" in sys.argv:
 import mlx.core as mx
 from moefast import *
 from moefast.backends import native
-from moefast.ops import attention
+from moefast.ops import Rotation, attention, cached_attention, embed, rms_norm, rope
 
 mx.set_default_device(mx.cpu)
 assert ("numpy" in sys.argv) == (native.bindings().native is None)
@@ -82,9 +82,17 @@ CALLS = {
     "new weights": lambda: quantized_matmul(x, Projection(*shared.up.arrays[:3], quant=quant)),
     "route": lambda: route(logits, spec).weights,
     "attention": lambda: attention(heads, heads, heads, scale=0.1, causal=True),
+    "rms_norm": lambda: rms_norm(x, None, 1e-6),
+    "rope": lambda: rope(heads, dims=64, base=1e4, offset=3),
+    "cached_attention": lambda: cached_attention(
+        x[None], x[None], x[None], room, room, offset=2, rotation=turn, scale=0.1, causal=True
+    ),
+    "embed": lambda: embed(good, shared.up),
     "gradient": lambda: mx.grad(lambda x: moe(x, logits, spec, weights).sum())(x),
     "error": wrong,
 }
+room, turn = mx.zeros((1, 4, 9, 16)), Rotation(16, base=1e4)
+mx.eval(room)
 call, times = CALLS[sys.argv[1]], int(sys.argv[2])
 
 def many(times):
@@ -100,20 +108,26 @@ print(many(times) - before)
 _ROOM = 1 << 20
 
 
-@pytest.mark.parametrize("binding", ["primitives", "numpy"])
 @pytest.mark.parametrize(
-    ("call", "times"),
+    ("call", "times", "binding"),
     [
-        ("moe", 10_000),
-        ("experts", 10_000),
-        ("switch_glu", 10_000),
-        ("strided", 10_000),
-        ("quantized_matmul", 10_000),
-        ("new weights", 10_000),
-        ("route", 10_000),
-        ("attention", 10_000),
-        ("gradient", 1_000),
-        ("error", 10_000),
+        *((call, 10_000, "primitives") for call in ("rms_norm", "rope", "cached_attention", "embed")),
+        *(
+            (call, 1_000 if call == "gradient" else 10_000, binding)
+            for call in (
+                "moe",
+                "experts",
+                "switch_glu",
+                "strided",
+                "quantized_matmul",
+                "new weights",
+                "route",
+                "attention",
+                "gradient",
+                "error",
+            )
+            for binding in ("primitives", "numpy")
+        ),
     ],
 )
 def test_many_calls_leave_nothing_behind(call: str, times: int, binding: str) -> None:
