@@ -7,6 +7,9 @@ what is counted is each one's own.
 
 Stopping costs time as well (an ``mx.eval`` each), and hides what the whole may do at once. The same forward
 passes are therefore also run in one piece: next to the sum of the parts that says what the stops cost.
+
+Where an attention turns, stores and attends in one operation (``moefast.ops.cached_attention``), it is one
+part. What its three steps cost one by one, which is not what runs, is measured beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -127,8 +130,14 @@ def parts_of(model: Any) -> list[Part]:
 
 
 @contextmanager
-def watched(model: Any, cache: Sequence[Any], parts: Sequence[Part], watch: Stopwatch) -> Iterator[None]:
-    """Let ``watch`` see the parts of a model of either package, and the updates of its cache."""
+def watched(
+    model: Any, cache: Sequence[Any], parts: Sequence[Part], watch: Stopwatch, *, one_by_one: bool = False
+) -> Iterator[None]:
+    """Let ``watch`` see the parts of a model of either package, and the updates of its cache.
+
+    Args:
+        one_by_one: keep moefast's attention from doing its steps in one operation.
+    """
     modules = dict(model.named_modules())
     methods: dict[int, tuple[Any, dict[str, str]]] = {}
     for part in parts:
@@ -136,35 +145,42 @@ def watched(model: Any, cache: Sequence[Any], parts: Sequence[Part], watch: Stop
             module = modules[part.path]
             method = "logits" if isinstance(module, Router) else part.method
             methods.setdefault(id(module), (module, {}))[1][method] = part.name
-    for layer in cache:
-        methods[id(layer)] = (layer, {"update_and_fetch": CACHE})
+    updates = {"update_and_fetch": CACHE}
+    kinds_of_cache = {type(layer) for layer in cache}
+    own = [(kind, kind.update_and_fetch) for kind in kinds_of_cache]
+    if one_by_one:  # a cache of any other kind is left to its own methods
+        methods |= {id(layer): (layer, updates) for layer in cache}
     kinds = [(module, type(module)) for module, _ in methods.values()]
     try:
         for module, names in methods.values():
             module.__class__ = _watching(type(module), names, watch)
+        if not one_by_one:  # its class stays what it is: attentions look at it
+            for kind, method in own:
+                kind.update_and_fetch = _watched(method, CACHE, watch)
         yield
     finally:
         for module, kind in kinds:
             module.__class__ = kind
+        for kind, method in own:
+            kind.update_and_fetch = method
+
+
+def _watched(method: Callable[..., Any], part: str, watch: Stopwatch) -> Callable[..., Any]:
+    @wraps(method)
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        watch.enter(part, (list(args), options))
+        result = method(self, *args, **options)
+        watch.leave(result)
+        return result
+
+    return run
 
 
 def _watching(kind: type[Any], names: Mapping[str, str], watch: Stopwatch) -> type[Any]:
     """A class whose methods are parts. MLX modules ignore methods set on the instance, so it is exchanged;
     layers are told apart by the names of class and module, which stay."""
 
-    def method(name: str, part: str) -> Callable[..., Any]:
-        own = getattr(kind, name)
-
-        @wraps(own)
-        def run(self: Any, *args: Any, **options: Any) -> Any:
-            watch.enter(part, (list(args), options))
-            result = own(self, *args, **options)
-            watch.leave(result)
-            return result
-
-        return run
-
-    members = {name: method(name, part) for name, part in names.items()}
+    members = {name: _watched(getattr(kind, name), part, watch) for name, part in names.items()}
     return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})
 
 
@@ -178,6 +194,7 @@ class Profile:
         costs: part -> its own.
         whole: of the same pass in one piece.
         building: that Python took of ``whole`` to build the graph.
+        steps: of an attention in one operation, what its steps cost one by one; else empty.
     """
 
     phase: str
@@ -186,6 +203,7 @@ class Profile:
     costs: dict[str, Cost]
     whole: float
     building: float
+    steps: dict[str, Cost] = field(default_factory=dict)
 
     @property
     def python(self) -> float:
@@ -202,11 +220,8 @@ class Profile:
         return {
             "tokens": self.tokens,
             "passes": self.passes,
-            "parts": {
-                part: {"calls": cost.calls, "evaluating": cost.evaluating, "python": cost.python}
-                for part, cost in self.costs.items()
-                if cost.calls
-            },
+            "parts": {part: asdict(cost) for part, cost in self.costs.items() if cost.calls},
+            "steps": {part: asdict(cost) for part, cost in self.steps.items()},
             "stopped": self.stopped,
             "whole": self.whole,
             "building": self.building,
@@ -219,23 +234,27 @@ class Runs:
 
     Attributes:
         costs: of each pass with stops.
+        one_by_one: of each with an attention's steps one by one.
         whole: seconds of each without, and those of building its graph.
     """
 
     costs: list[dict[str, Cost]] = field(default_factory=list)
+    one_by_one: list[dict[str, Cost]] = field(default_factory=list)
     whole: list[tuple[float, float]] = field(default_factory=list)
 
-    def stopped(self, forward: Forward, parts: Sequence[Part]) -> list[list[mx.array]]:
+    def stopped(
+        self, forward: Forward, parts: Sequence[Part], *, one_by_one: bool = False
+    ) -> list[list[mx.array]]:
         """Run with a stop at every part; returns what the passes gave."""
         watch = Stopwatch()
         results = []
-        with watched(forward.model, forward.cache, parts, watch):
+        with watched(forward.model, forward.cache, parts, watch, one_by_one=one_by_one):
             for one in forward.passes:
                 watch.costs = {part: Cost() for part in PARTS}
                 watch.enter(BETWEEN, ())
                 results.append(one())
                 watch.leave(results[-1])
-                self.costs.append(watch.costs)
+                (self.one_by_one if one_by_one else self.costs).append(watch.costs)
         return results
 
     def in_one_piece(self, forward: Forward) -> list[list[mx.array]]:
@@ -249,18 +268,28 @@ class Runs:
             self.whole.append((time.perf_counter() - start, built - start))
         return results
 
+    @property
+    def in_one_operation(self) -> bool:
+        """Whether attentions ran that neither turned nor stored."""
+        last = self.costs[-1]
+        return last[ATTENTION].calls > 0 and last[ROPE].calls == last[CACHE].calls == 0
+
     def profile(self, phase: str, tokens: int) -> Profile:
         """The medians."""
-        costs = {
-            part: Cost(
-                self.costs[0][part].calls,
-                statistics.median(costs[part].python for costs in self.costs),
-                statistics.median(costs[part].evaluating for costs in self.costs),
-            )
-            for part in PARTS
-        }
         whole, building = (statistics.median(column) for column in zip(*self.whole, strict=True))
-        return Profile(phase, tokens, len(self.costs), costs, whole, building)
+        steps = _medians(self.one_by_one, (ROPE, CACHE, ATTENTION)) if self.one_by_one else {}
+        return Profile(phase, tokens, len(self.costs), _medians(self.costs, PARTS), whole, building, steps)
+
+
+def _medians(passes: Sequence[Mapping[str, Cost]], parts: Sequence[str]) -> dict[str, Cost]:
+    return {
+        part: Cost(
+            passes[-1][part].calls,
+            statistics.median(costs[part].python for costs in passes),
+            statistics.median(costs[part].evaluating for costs in passes),
+        )
+        for part in parts
+    }
 
 
 def profile(
@@ -287,6 +316,9 @@ def profile(
             got = runs.stopped(forward, parts)
         if not all(_equal(mine, theirs) for mine, theirs in zip(got, want, strict=True)):
             raise RuntimeError(f"[profile] a {phase} of {subject.label} must not change by stops, but did.")
+        if runs.in_one_operation:
+            with subject.opened(phase, tokens) as forward:
+                runs.stopped(forward, parts, one_by_one=True)
         now = time.perf_counter()
         if len(runs.costs) >= passes or now + (now - start) > end:
             return runs.profile(phase, tokens)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .family import FamilyFigures
 from .measure import PHASES, Figures, Goal, baseline, ratio_to
-from .profile import PARTS, Cost
+from .profile import ATTENTION, PARTS, Cost
 from .stats import Rate
 
 # Narrower output (a pipe, a file) would fold every cell.
@@ -94,17 +94,22 @@ def profile_table(family: FamilyFigures, f: Figures) -> Table:
         if any(p.costs[part].calls for p in profiles.values()):
             cells = [_cost(p.costs[part], p.stopped) for p in profiles.values()]
             table.add_row(part, *(cell for row in cells for cell in row))
+        if part == ATTENTION:
+            for step in dict.fromkeys(step for p in profiles.values() for step in p.steps):
+                cells = [_cost(p.steps.get(step)) for p in profiles.values()]
+                table.add_row(f"  ({step} alone)", *(cell for row in cells for cell in row))
     table.add_section()
     table.add_row("all parts", *(cell for p in profiles.values() for cell in _total(p.stopped, p.python)))
     table.add_row("in one piece", *(cell for p in profiles.values() for cell in _total(p.whole, p.building)))
     return table
 
 
-def _cost(cost: Cost, total: float) -> list[str]:
-    if not cost.calls:
+def _cost(cost: Cost | None, total: float | None = None) -> list[str]:
+    if cost is None or not cost.calls:
         return [""] * 4
     own = cost.evaluating + cost.python
-    return [number(1e3 * own), f"{own / total:.1%}", number(1e3 * cost.python), str(cost.calls)]
+    share = "" if total is None else f"{own / total:.1%}"
+    return [number(1e3 * own), share, number(1e3 * cost.python), str(cost.calls)]
 
 
 def _total(seconds: float, python: float) -> list[str]:
@@ -141,6 +146,7 @@ def legend(families: Sequence[FamilyFigures]) -> list[str]:
         lines += [
             "ms of a part: its own, not that of parts within it; an attention is without its projections.",
             "Python ms: of it until the call returned: the graph is built then. The rest is evaluation.",
+            "(... alone): steps of an attention that does them in one operation, were they done one by one.",
             "all parts: with mx.eval before and after each. in one piece: the same pass as it usually runs.",
             "router: in mlx-lm up to the chosen experts; in moefast the logits, the choice is the block's.",
         ]
