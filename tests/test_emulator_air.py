@@ -103,7 +103,7 @@ def some(name: str) -> Any:
     return pytest.param(name, marks=() if "bfloat16" in name else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(some, CASES))
+@pytest.mark.parametrize("name", [some(name) for name in CASES])
 def test_header_equals_air(name: str, metallib: Metallib) -> None:
     run = CASES[name]()
     _, header = run.launch()

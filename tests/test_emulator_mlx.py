@@ -92,7 +92,7 @@ def some(name: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", map(some, CASES))
+@pytest.mark.parametrize("name", [some(name) for name in CASES])
 def test_right_in_both_modes_and_clean(name: str) -> None:
     run = CASES[name]()
     kernel = run.kernel()

@@ -119,6 +119,7 @@ struct Check : Listener {
   void* device(uint8_t* p, uint64_t bytes, uint32_t alignment, uint32_t site, Access);
   void* threadgroup(uint8_t* p, uint64_t bytes, uint32_t alignment, uint32_t site, Access);
   void* elsewhere(uint8_t* p, uint64_t bytes, uint32_t site, Access, Space);
+  void touch(Buffer&, uint64_t offset, uint64_t bytes);
   void count(Buffer&, uint64_t offset, uint64_t bytes, Access);
   // Records an access in the shadow of its bytes; reports what it races with.
   void follow(Shadow*,
