@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=_CASE_SECONDS,
         help=f"leave out cases of which one run would take longer (default: {_CASE_SECONDS:g})",
     )
+    group.addoption("--json", metavar="FILE", help="write every row, machine and versions to a file")
     group.addoption("--full", action="store_true", help="run every case, and verify every token")
 
 
@@ -151,5 +154,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"peak: {peaks}")
     for line in text.getvalue().splitlines():
         terminalreporter.write_line(line.rstrip())
+    if file := config.getoption("--json"):
+        facts = {**machine.describe(), "bandwidth_gb_s": report.bandwidth.figures, "rows": report.rows}
+        Path(file).write_text(json.dumps(facts) + "\n")
     command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
     terminalreporter.write_line(f"to repeat: {command}")

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn
 import pytest
+from marks import needs_native
 from mlx_lm.models.cache import KVCache
 from model_builders import ours, prompt_cache, theirs, tokens
 from model_cases import FULL, Case
@@ -31,10 +32,6 @@ from moefast.nn import MoE
 pytestmark = pytest.mark.usefixtures("cpu")
 
 cases = pytest.mark.parametrize("case", FULL, ids=str)
-on_native = pytest.mark.skipif(
-    moefast.backends()["native"] is not None, reason=f"native: {moefast.backends()['native']}"
-)
-
 
 # -- time --------------------------------------------------------------------------------------------------
 
@@ -181,7 +178,7 @@ def test_a_watched_model_computes_the_same_and_is_put_back(case: Case, package: 
     assert (calls["cache update"], calls["rope"]) == (apart, 2 * apart)
 
 
-@on_native
+@needs_native
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_steps_of_an_attention_in_one_operation(backend: str) -> None:
     case = next(case for case in FULL if case.family == "qwen2_moe")

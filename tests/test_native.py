@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from factories import Floats, MakeExperts, MakeProjection, MakeShared
 from formats import BY_NAME, DTYPES
+from marks import needs_native
 
-import moefast
 from moefast import (
     Activation,
     ExpertWeights,
@@ -27,9 +27,7 @@ from moefast.backends import registry
 from moefast.registry import Problem
 from moefast.weights import ExpertLayout, Layout, dtype_name
 
-pytestmark = pytest.mark.skipif(
-    moefast.backends()["native"] is not None, reason=f"native: {moefast.backends()['native']}"
-)
+pytestmark = needs_native
 
 x_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -10,8 +10,8 @@ import oracle
 import pytest
 from factories import Floats, MakeExperts
 from formats import ACTIVATIONS, BY_NAME, DTYPES
+from marks import needs_native
 
-import moefast
 from moefast import (
     Activation,
     ExpertWeights,
@@ -29,9 +29,7 @@ from moefast.backends.native import dtypes
 from moefast.testing import assert_close
 from moefast.weights import dtype_name
 
-pytestmark = pytest.mark.skipif(
-    moefast.backends()["native"] is not None, reason=f"native: {moefast.backends()['native']}"
-)
+pytestmark = needs_native
 
 NAMES = ("plain", "plain-float32", "plain-bfloat16", "affine4-g64", "affine4-bfloat16", "mxfp4")
 stored = pytest.mark.parametrize("name", NAMES)

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from marks import needs_native
 
-import moefast
 from moefast import doctor
 from moefast.backends.native import loading
 
-pytestmark = pytest.mark.skipif(
-    moefast.backends()["native"] is not None, reason=f"native: {moefast.backends()['native']}"
-)
+pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
 

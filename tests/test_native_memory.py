@@ -9,12 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import needs_native
 
-import moefast
-
-pytestmark = pytest.mark.skipif(
-    moefast.backends()["native"] is not None, reason=f"native: {moefast.backends()['native']}"
-)
+pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
 

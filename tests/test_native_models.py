@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import needs_native
 from model_cases import FULL
 
 import moefast
 from moefast.backends.native import loading
 
-pytestmark = pytest.mark.skipif(
-    moefast.backends()["native"] is not None, reason=f"native: {moefast.backends()['native']}"
-)
+pytestmark = needs_native
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from factories import Floats, MakeExperts, MakeShared
 from formats import BY_NAME
+from marks import needs_native
 
-import moefast
 from moefast import (
     ExpertWeights,
     Projection,
@@ -38,7 +38,7 @@ from moefast.registry import Backend
 from moefast.testing import assert_close, assert_gradients_close, float64
 
 pytestmark = [
-    pytest.mark.skipif(moefast.backends()["native"] is not None, reason=f"{moefast.backends()['native']}"),
+    needs_native,
     pytest.mark.usefixtures("cpu"),
 ]
 

@@ -12,6 +12,7 @@ import oracle
 import pytest
 from factories import Floats, MakeExperts, MakeShared
 from formats import ACTIVATIONS, BY_NAME, DTYPES
+from marks import needs_native
 
 import moefast
 from moefast import (
@@ -28,7 +29,7 @@ from moefast import (
 from moefast.testing import Float64, assert_close, float64
 
 pytestmark = [
-    pytest.mark.skipif(moefast.backends()["native"] is not None, reason=f"{moefast.backends()['native']}"),
+    needs_native,
     pytest.mark.usefixtures("cpu"),
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as mlx_nn
@@ -79,6 +79,12 @@ class Backbone(PipelineMixin, mlx_nn.Module):
         setattr(self, self.LAYERS, layers)
         setattr(self, self.NORM, norm)
         self._pipeline_group: mx.distributed.Group | None = None
+
+    @classmethod
+    def around(cls, layers: list[Any], args: Any) -> Self:
+        """The layers, with embedding and norm of the sizes that ``args`` has under Hugging Face's names."""
+        embedding = Embedding(args.vocab_size, args.hidden_size)
+        return cls(embedding, layers, RMSNorm(args.hidden_size, eps=args.rms_norm_eps))
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""

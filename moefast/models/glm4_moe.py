@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from ..nn import MLP, Embedding, Linear, MoE, RMSNorm, Router
+from ..nn import MLP, Linear, MoE, RMSNorm, Router
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
@@ -170,10 +170,8 @@ class Model(CausalLM):
     KEEP_FLOAT32 = ("e_score_correction_bias",)
 
     def __init__(self, args: ModelArgs):
-        embedding = Embedding(args.vocab_size, args.hidden_size)
         layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
-        norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        super().__init__(args, Backbone(embedding, layers, norm), tied=args.tie_word_embeddings)
+        super().__init__(args, Backbone.around(layers, args), tied=args.tie_word_embeddings)
 
     def sanitize(self, weights: Weights) -> Weights:
         """Tensors of an original or an mlx-lm checkpoint -> this model's.

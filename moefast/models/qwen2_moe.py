@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from ..errors import refuse
-from ..nn import MLP, Embedding, Linear, MoE, Names, RMSNorm
+from ..nn import MLP, Linear, MoE, Names
 from ..specs import RouterSpec
 from .attention import SeparateAttention
 from .backbone import Backbone, CausalLM, PreNormLayer
@@ -150,10 +150,8 @@ class Model(CausalLM):
     """Qwen2-MoE with its head, the interface mlx-lm expects."""
 
     def __init__(self, args: ModelArgs):
-        embedding = Embedding(args.vocab_size, args.hidden_size)
         layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
-        norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        super().__init__(args, Backbone(embedding, layers, norm), tied=args.tie_word_embeddings)
+        super().__init__(args, Backbone.around(layers, args), tied=args.tie_word_embeddings)
 
     def sanitize(self, weights: Weights) -> Weights:
         """Tensors of an original or an mlx-lm checkpoint -> this model's.
