@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 HIDDEN, WIDTH, EXPERTS, TOP_K, OUT = 2048, 1408, 16, 4, 4096
-_NATIVE_RUNS = 15
+_NATIVE_RUNS = 25
 # Stock MLX's, and the seconds after which there are no more.
 _STOCK_RUNS, _STOCK_SECONDS = 7, 6.0
 

@@ -125,6 +125,16 @@ def test_more_tokens_than_are_taken_at_once(
     assert held_bytes[2] == held_bytes[0]
 
 
+def test_scratch_is_given_back(floats: Floats, expert_weights: MakeExperts, rng: np.random.Generator) -> None:
+    """Inner activations of 8000 routes are 131 MB: more than an engine keeps for the next call."""
+    weights, x = held_experts(expert_weights(4, 64, 4096)), as_numpy(floats(4000, 64))
+    indices, engine = rng.integers(0, 4, (4000, 2)), kernels.Engine(2)
+    engine.switch_glu(x, weights, indices)
+    assert engine.scratch < 4 * indices.size * 4096
+    engine.switch_glu(x[:1], weights, indices[:1])
+    assert 0 < engine.scratch < 4 * 4096 * 64
+
+
 # -- one format per projection -----------------------------------------------------------------------------
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 128, 128, 2, 2

@@ -253,6 +253,47 @@ def test_fuzz_bits(
 
 
 @given(
+    sizes=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 70)),
+    length=st.integers(0, 40),
+    keys=st.integers(1, 90),
+    steps=st.tuples(st.sampled_from((-1, 1, 2)), st.sampled_from((-1, 1, 3))),
+    causal=st.booleans(),
+    isa=st.sampled_from(ISAS),
+    dtype=st.sampled_from((np.float32, np.float16, np.uint16)),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_fuzz_attention(
+    sizes: tuple[int, int, int, int],
+    length: int,
+    keys: int,
+    steps: tuple[int, int],
+    causal: bool,
+    isa: str,
+    dtype: Any,
+    seed: int,
+) -> None:
+    """Rows that run backwards and apart, any bits: an answer, the same from any threads, or a ValueError."""
+    batch, kv_heads, group, dims = sizes
+    rng = np.random.default_rng(seed)
+
+    def heads(count: int, rows: int, step: int) -> Any:
+        shape = (batch, count, rows * abs(step), dims * np.dtype(dtype).itemsize)
+        return rng.integers(0, 256, shape, np.uint8).view(dtype)[:, :, ::step]
+
+    q, k = heads(kv_heads * group, length, steps[0]), heads(kv_heads, keys, steps[1])
+    v = heads(kv_heads, keys, 1)
+    run = [kernels.Engine(threads, isa).attention for threads in (1, 3)]
+    if causal and keys < length:
+        with pytest.raises(ValueError, match=r"keys\.length must be at least"):
+            run[0](q, k, v, scale=0.1, causal=causal)
+        return
+    y, same = (attention(q, k, v, scale=0.1, causal=causal) for attention in run)
+    assert y.shape == (batch, length, kv_heads * group * dims)
+    np.testing.assert_array_equal(y.view(np.uint8), same.view(np.uint8))
+
+
+@given(
     experts=st.integers(1, 5),
     hidden=st.integers(1, 40),
     width=st.integers(1, 40),
