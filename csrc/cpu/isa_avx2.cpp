@@ -7,7 +7,6 @@
 #include "generic/attention.h"
 #include "generic/convert.h"
 #include "generic/elementwise.h"
-#include "generic/int15.h"
 #include "generic/measure.h"
 #include "generic/product.h"
 #include "isa.h"

@@ -9,7 +9,7 @@
 
 #include <immintrin.h>
 
-#include "../generic/int15.h"
+#include "../generic/int15_product.h"
 
 namespace moefast {
 namespace {
@@ -136,12 +136,6 @@ struct Avx2Codes : Split {
         sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), step, sums[r]);
       }
     }
-  }
-
-  static inline float total(Sum sum) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 };
 

@@ -138,7 +138,9 @@ inline void widen_values(const uint8_t* from, int64_t count, float* to) {
   for (; i + kFloats <= count; i += kFloats) {
     store_floats(to + i, load_values<kType>(from + i * kSize));
   }
-  if (i < count) {
+  if (i < count && count >= kFloats) {  // the last ones once more: quicker than copying the rest
+    store_floats(to + count - kFloats, load_values<kType>(from + (count - kFloats) * kSize));
+  } else if (i < count) {
     uint8_t rest[kFloats * kSize] = {};
     float values[kFloats];
     __builtin_memcpy(rest, from + i * kSize, static_cast<size_t>((count - i) * kSize));

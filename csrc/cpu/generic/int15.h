@@ -12,7 +12,8 @@
 //     static constexpr int kBits;      // of a code
 //     static constexpr int kFineUnit;  // the shorter of its two units: the other is twice that
 //     static constexpr float kFactor;  // of the sums: codes may be read as multiples
-//     typedef ... Sum;                 // of a row of the weight with a row of activations
+//     typedef ... Sum;                 // of a row of the weight with a row of activations: the
+//                                      // lanes of a Floats
 //
 //     // 128 quantised values in the order and form in which span reads them: 256 bytes.
 //     static void arrange(const int32_t* q, int8_t* to);
@@ -23,8 +24,6 @@
 //     template <int kUnit, int kRows>
 //     static void span(const uint8_t* codes, const Int15Row* rows, int64_t at,
 //                      const float (*steps)[kMostUnits], int64_t unit, Sum* sums);
-//
-//     static float total(Sum sum);
 //   };
 //
 // Prepared: the quantised values of a row, with zeros up to a multiple of 128; the step of each
@@ -36,7 +35,6 @@
 #ifndef MOEFAST_CPU_GENERIC_INT15_H
 #define MOEFAST_CPU_GENERIC_INT15_H
 
-#include "prefetch.h"
 #include "unpack.h"
 
 namespace moefast {
@@ -191,184 +189,6 @@ bool int15_prepare(const Format& format,
     }
   }
   return true;
-}
-
-// Scales of a panel, one for each unit, with zeros up to a multiple of a span; and offsets, with
-// zeros up to a whole vector.
-template <int kUnit>
-inline void load_unit_scales(
-    const Matrix& w, int64_t row, int64_t from, int64_t count, float* units, float* offsets) {
-  load_scales(w, row, from, count, units, offsets);
-  const int64_t groups = count / w.format.group;
-  for (int64_t i = groups; i % kFloats != 0; ++i) {
-    offsets[i] = 0;
-  }
-  if (w.format.group > kUnit) {  // 128: two units of 64
-    for (int64_t i = groups - 1; i >= 0; --i) {
-      units[2 * i] = units[2 * i + 1] = units[i];
-    }
-    return;
-  }
-  for (int64_t i = groups; i < round_up(count, kSpan) / kUnit; ++i) {
-    units[i] = 0;
-  }
-}
-
-// steps[i] = scales[i] * of_row[i], a multiple of a vector of them (what is too much is not used).
-inline void scale_steps(const float* scales, const float* of_row, int64_t count, float* steps) {
-  for (int64_t i = 0; i < count; i += kFloats) {
-    store_floats(steps + i, load_floats(scales + i) * load_floats(of_row + i));
-  }
-}
-
-inline Floats dot_offsets(const float* offsets, const float* sums, int64_t groups) {
-  Floats total = {};
-  for (int64_t i = 0; i < groups; i += kFloats) {
-    total += load_floats(offsets + i) * load_floats(sums + i);
-  }
-  return total;
-}
-
-// kRows prepared rows, of which kParts that follow one another make one row of the result.
-template <class Codes, int kParts, int kUnit, int kRows>
-void int15_multiply_rows(const Matrix& w,
-                         int64_t begin,
-                         int64_t end,
-                         const Int15Row* rows,
-                         const Fetcher& fetcher,
-                         float* y,
-                         int64_t ldy) {
-  constexpr int kSpanBytes = kSpan * Codes::kBits / 8;
-  alignas(64) float units[kMostUnits];
-  alignas(64) float of_groups[kMostUnits];
-  alignas(64) float steps[kRows][kMostUnits];
-  for (int64_t n = begin; n < end; ++n) {
-    typename Codes::Sum sums[kRows] = {};
-    Floats offsets[kRows] = {};
-    for (int64_t panel = 0; panel < w.in; panel += Scales::kValues) {
-      const int64_t left = w.in - panel;
-      const int64_t length = left < Scales::kValues ? left : Scales::kValues;
-      const uint8_t* codes = w.weight + n * w.row_bytes + panel * Codes::kBits / 8;
-      const uint8_t* later = fetcher.later(codes);
-      load_unit_scales<kUnit>(w, n, panel, length, units, of_groups);
-      fetcher.scales(w, n, w.scale_bytes * panel / w.in, w.scale_bytes * length / w.in);
-      for (int r = 0; r < kRows; ++r) {
-        scale_steps(units, rows[r].steps + panel / kUnit, round_up(length, kSpan) / kUnit,
-                    steps[r]);
-        if (w.format.mode == MOEFAST_AFFINE) {
-          offsets[r] += dot_offsets(of_groups, rows[r].sums + panel / w.format.group,
-                                    length / w.format.group);
-        }
-      }
-      int64_t at = 0;
-      for (; at + kSpan <= length; at += kSpan) {
-        const int64_t byte = at * Codes::kBits / 8;
-        fetch_lines(later + byte, kSpanBytes);
-        Codes::template span<kUnit, kRows>(codes + byte, rows, 2 * (panel + at), steps, at / kUnit,
-                                           sums);
-      }
-      if (at < length) {
-        alignas(64) uint8_t rest[kSpanBytes] = {};
-        __builtin_memcpy(rest, codes + at * Codes::kBits / 8,
-                         static_cast<size_t>((length - at) * Codes::kBits / 8));
-        Codes::template span<kUnit, kRows>(rest, rows, 2 * (panel + at), steps, at / kUnit, sums);
-      }
-    }
-    for (int r = 0; r < kRows; r += kParts) {
-      float total = 0;
-      for (int part = kParts; part-- > 0;) {  // the finest first
-        total += Codes::kFactor * Codes::total(sums[r + part]) + sum_across(offsets[r + part]);
-      }
-      y[r / kParts * ldy + n - begin] = w.factor * total;
-    }
-  }
-}
-
-// Up to four prepared rows at once: the weights are unpacked for all of them.
-template <class Codes, int kParts, int kUnit>
-void int15_multiply_units(const Matrix& w,
-                          int64_t begin,
-                          int64_t end,
-                          const void* const* rows,
-                          int64_t count,
-                          float* y,
-                          int64_t ldy,
-                          const Ahead& ahead) {
-  constexpr int kTogether = 4 / kParts;
-  const Int15Layout layout(w.format, w.in);
-  const Fetcher last(w, end, ahead), again(w, end, Ahead{});
-  for (int64_t first = 0; first < count; first += kTogether) {
-    const int64_t together = count - first < kTogether ? count - first : kTogether;
-    Int15Row block[4];
-    for (int64_t r = 0; r < together * kParts; ++r) {
-      const auto* prepared = static_cast<const uint8_t*>(rows[first + r / kParts]);
-      block[r] = layout.row(prepared + r % kParts * layout.bytes);
-    }
-    const Fetcher& fetcher = first + together == count ? last : again;
-    float* to = y + first * ldy;
-    switch (together * kParts) {
-      case 1:
-        if constexpr (kParts == 1) {
-          int15_multiply_rows<Codes, 1, kUnit, 1>(w, begin, end, block, fetcher, to, ldy);
-        }
-        break;
-      case 2:
-        int15_multiply_rows<Codes, kParts, kUnit, 2>(w, begin, end, block, fetcher, to, ldy);
-        break;
-      case 3:
-        if constexpr (kParts == 1) {
-          int15_multiply_rows<Codes, 1, kUnit, 3>(w, begin, end, block, fetcher, to, ldy);
-        }
-        break;
-      default:
-        int15_multiply_rows<Codes, kParts, kUnit, 4>(w, begin, end, block, fetcher, to, ldy);
-    }
-  }
-}
-
-template <class Codes, int kParts>
-void int15_multiply(const Matrix& w,
-                    int64_t begin,
-                    int64_t end,
-                    const void* const* rows,
-                    int64_t count,
-                    float* y,
-                    int64_t ldy,
-                    const Ahead& ahead) {
-  if (unit_of(w.format) == Codes::kFineUnit) {
-    int15_multiply_units<Codes, kParts, Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
-                                                          ahead);
-  } else {
-    int15_multiply_units<Codes, kParts, 2 * Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
-                                                              ahead);
-  }
-}
-
-template <class Codes>
-const Product* int15_product() {
-  static constexpr Product kProduct = {"int15",
-                                       Codes::kLayout,
-                                       true,
-                                       int15_prepared_bytes<1>,
-                                       int15_prepare<Codes, 1>,
-                                       int15_multiply<Codes, 1>};
-  return &kProduct;
-}
-
-// Rows up to which two of 15 bits for each are faster than the generic product, which shares the
-// work on the weights among more.
-constexpr int64_t kMostInParts = 3;
-
-// For float32, where codes have no offsets: beside those, what the sums are short of would be seen.
-template <class Codes>
-const Product* int30_product() {
-  static constexpr Product kProduct = {"2 x int15",
-                                       Codes::kLayout + kLayoutInParts,
-                                       true,
-                                       int15_prepared_bytes<2>,
-                                       int15_prepare<Codes, 2>,
-                                       int15_multiply<Codes, 2>};
-  return &kProduct;
 }
 
 }  // namespace

@@ -41,6 +41,28 @@ template <class Combine>
   return v[0];
 }
 
+// to[i] = the sum of the lanes of v[i], for four vectors, each in the same order of additions.
+[[gnu::always_inline]] inline void sum_four(const Floats* v, float* to) {
+#if defined(MOEFAST_VECTOR_AVX2)
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps((__m256)v[0], (__m256)v[1]),
+                                  _mm256_unpackhi_ps((__m256)v[0], (__m256)v[1]));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps((__m256)v[2], (__m256)v[3]),
+                                  _mm256_unpackhi_ps((__m256)v[2], (__m256)v[3]));
+  const __m256d low = _mm256_unpacklo_pd((__m256d)ab, (__m256d)cd);
+  const __m256d high = _mm256_unpackhi_pd((__m256d)ab, (__m256d)cd);
+  const __m256 sums = _mm256_add_ps((__m256)low, (__m256)high);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+#elif defined(__aarch64__)
+  const float32x4_t ab = vpaddq_f32((float32x4_t)v[0], (float32x4_t)v[1]);
+  const float32x4_t cd = vpaddq_f32((float32x4_t)v[2], (float32x4_t)v[3]);
+  vst1q_f32(to, vpaddq_f32(ab, cd));
+#else
+  for (int i = 0; i < 4; ++i) {
+    to[i] = sum_across(v[i]);
+  }
+#endif
+}
+
 // Lane i of v[j] and lane j of v[i] change places: each round turns the bits of an element's
 // address (row, lane) by one.
 [[gnu::always_inline]] inline void transpose(Floats* v) {

@@ -28,8 +28,9 @@ inline void load_scales(
   if (format.mode == MOEFAST_PLAIN) {
     return;
   }
-  const int64_t groups = count / format.group;
-  const int64_t first = from / format.group;
+  const int shift = __builtin_ctz(static_cast<unsigned>(format.group));  // a power of two
+  const int64_t groups = count >> shift;
+  const int64_t first = from >> shift;
   const int64_t at = row * w.scale_bytes;
   if (format.mode == MOEFAST_AFFINE) {
     const int64_t skip = at + first * size_of(format.dtype);

@@ -10,7 +10,7 @@
 
 #include <arm_neon.h>
 
-#include "../generic/int15.h"
+#include "../generic/int15_product.h"
 
 namespace moefast {
 namespace {
@@ -123,8 +123,6 @@ struct NeonCodes : Split {
       }
     }
   }
-
-  static inline float total(Sum sum) { return vaddvq_f32(sum); }
 
  private:
   // Where the i-th vector of high bytes begins.

@@ -1,0 +1,242 @@
+// Products of rows prepared as int15.h says.
+//
+// Spans of codes are what takes the time, so whatever a row of the weight costs beside them is kept
+// short: its scales are read once for all rows of activations, its offsets are multiplied on the
+// way, into the same sums, and results are summed up over the lanes four at a time.
+#ifndef MOEFAST_CPU_GENERIC_INT15_PRODUCT_H
+#define MOEFAST_CPU_GENERIC_INT15_PRODUCT_H
+
+#include "int15.h"
+#include "lanes.h"
+#include "prefetch.h"
+
+namespace moefast {
+namespace {
+
+// What the rows of a matrix have in common.
+struct Int15Matrix {
+  const Matrix& w;
+  const Fetcher& fetcher;
+  int group_shift;
+  int64_t scale_size;  // bytes
+
+  Int15Matrix(const Matrix& matrix, const Fetcher& fetch)
+      : w(matrix),
+        fetcher(fetch),
+        group_shift(__builtin_ctz(static_cast<unsigned>(matrix.format.group))),  // powers of two
+        scale_size(matrix.format.mode == MOEFAST_AFFINE ? size_of(matrix.format.dtype) : 1) {}
+
+  int64_t groups(int64_t values) const { return values >> group_shift; }
+};
+
+// Values [panel, panel + length) of row n: the steps of each row's units, those of the row of
+// activations times those of the weight, and offsets times the sums of their groups, added to
+// `sums`. Steps have zeros up to the end of the last span.
+template <int kUnit, int kRows>
+[[gnu::always_inline]] inline void int15_scale(const Int15Matrix& of,
+                                               int64_t n,
+                                               int64_t panel,
+                                               int64_t length,
+                                               const Int15Row* rows,
+                                               float (*steps)[kMostUnits],
+                                               Floats* sums) {
+  const Matrix& w = of.w;
+  alignas(64) float scales[kMostUnits];
+  alignas(64) float offsets[Scales::kValues / 32];
+  const int64_t groups = of.groups(length);
+  load_scales(w, n, panel, length, scales, offsets);
+  of.fetcher.scales(w, n, of.groups(panel) * of.scale_size, groups * of.scale_size);
+  const bool affine = w.format.mode == MOEFAST_AFFINE;
+  const int64_t units = round_up(length, kSpan) / kUnit;
+  for (int64_t i = groups; i < units || i % kFloats != 0; ++i) {
+    scales[i] = 0;
+  }
+  if (affine) {
+    for (int64_t i = groups; i % kFloats != 0; ++i) {
+      offsets[i] = 0;
+    }
+    for (int64_t i = 0; i < groups; i += kFloats) {
+      const Floats offset = load_floats(offsets + i);
+      for (int r = 0; r < kRows; ++r) {
+        sums[r] += offset * load_floats(rows[r].sums + of.groups(panel) + i);
+      }
+    }
+  }
+  const int64_t first = panel / kUnit;
+  if (w.format.group > kUnit) {  // 128: two units of 64
+    for (int64_t i = 0; 2 * i < units; i += kFloats) {
+      const Floats scale = load_floats(scales + i);
+      const Floats low = Interleave<kFloats>::low(scale, scale);
+      const Floats high = Interleave<kFloats>::high(scale, scale);
+      for (int r = 0; r < kRows; ++r) {
+        const float* of_row = rows[r].steps + first + 2 * i;
+        store_floats(steps[r] + 2 * i, low * load_floats(of_row));
+        store_floats(steps[r] + 2 * i + kFloats, high * load_floats(of_row + kFloats));
+      }
+    }
+    return;
+  }
+  for (int64_t i = 0; i < units; i += kFloats) {
+    const Floats scale = load_floats(scales + i);
+    for (int r = 0; r < kRows; ++r) {
+      store_floats(steps[r] + i, scale * load_floats(rows[r].steps + first + i));
+    }
+  }
+}
+
+// Row n of the weight with kRows prepared rows, of which kParts that follow one another make one
+// row of the result: the lanes of each result's sum, but for the factor of the weight.
+template <class Codes, int kParts, int kUnit, int kRows>
+[[gnu::always_inline]] inline void int15_row(const Int15Matrix& of,
+                                             int64_t n,
+                                             const Int15Row* rows,
+                                             Floats* results) {
+  constexpr int kSpanBytes = kSpan * Codes::kBits / 8;
+  const Matrix& w = of.w;
+  alignas(64) float steps[kRows][kMostUnits];
+  typename Codes::Sum sums[kRows] = {};
+  Floats offsets[kRows] = {};
+  for (int64_t panel = 0; panel < w.in; panel += Scales::kValues) {
+    const int64_t left = w.in - panel;
+    const int64_t length = left < Scales::kValues ? left : Scales::kValues;
+    const uint8_t* codes = w.weight + n * w.row_bytes + panel * Codes::kBits / 8;
+    const uint8_t* later = of.fetcher.later(codes);
+    int15_scale<kUnit, kRows>(of, n, panel, length, rows, steps, offsets);
+    int64_t at = 0;
+    for (; at + kSpan <= length; at += kSpan) {
+      const int64_t byte = at * Codes::kBits / 8;
+      fetch_lines(later + byte, kSpanBytes);
+      Codes::template span<kUnit, kRows>(codes + byte, rows, 2 * (panel + at), steps, at / kUnit,
+                                         sums);
+    }
+    if (at < length) {
+      alignas(64) uint8_t rest[kSpanBytes] = {};
+      __builtin_memcpy(rest, codes + at * Codes::kBits / 8,
+                       static_cast<size_t>((length - at) * Codes::kBits / 8));
+      Codes::template span<kUnit, kRows>(rest, rows, 2 * (panel + at), steps, at / kUnit, sums);
+    }
+  }
+  for (int r = 0; r < kRows; r += kParts) {
+    Floats total = {};
+    for (int part = kParts; part-- > 0;) {  // the finest first
+      total += Codes::kFactor * (Floats)sums[r + part] + offsets[r + part];
+    }
+    results[r / kParts] = total;
+  }
+}
+
+template <class Codes, int kParts, int kUnit, int kRows>
+void int15_multiply_rows(const Int15Matrix& of,
+                         int64_t begin,
+                         int64_t end,
+                         const Int15Row* rows,
+                         float* y,
+                         int64_t ldy) {
+  constexpr int kResults = kRows / kParts;
+  constexpr int kTogether = kResults == 1 ? 4 : 1;  // rows of the weight
+  float four[4];
+  for (int64_t n = begin; n < end; n += kTogether) {
+    Floats sums[4] = {};
+    const int64_t some = end - n < kTogether ? end - n : kTogether;
+    for (int64_t i = 0; i < some; ++i) {
+      int15_row<Codes, kParts, kUnit, kRows>(of, n + i, rows, sums + i);
+    }
+    sum_four(sums, four);
+    const int64_t results = kResults == 1 ? some : kResults;
+    for (int64_t r = 0; r < results; ++r) {
+      y[(kResults == 1 ? r : r * ldy) + n - begin] = of.w.factor * four[r];
+    }
+  }
+}
+
+// Up to four prepared rows at once: the weights are unpacked for all of them.
+template <class Codes, int kParts, int kUnit>
+void int15_multiply_units(const Matrix& w,
+                          int64_t begin,
+                          int64_t end,
+                          const void* const* rows,
+                          int64_t count,
+                          float* y,
+                          int64_t ldy,
+                          const Ahead& ahead) {
+  constexpr int kTogether = 4 / kParts;
+  const Int15Layout layout(w.format, w.in);
+  const Fetcher last(w, end, ahead), again(w, end, Ahead{});
+  for (int64_t first = 0; first < count; first += kTogether) {
+    const int64_t together = count - first < kTogether ? count - first : kTogether;
+    Int15Row block[4];
+    for (int64_t r = 0; r < together * kParts; ++r) {
+      const auto* prepared = static_cast<const uint8_t*>(rows[first + r / kParts]);
+      block[r] = layout.row(prepared + r % kParts * layout.bytes);
+    }
+    const Int15Matrix of(w, first + together == count ? last : again);
+    float* to = y + first * ldy;
+    switch (together * kParts) {
+      case 1:
+        if constexpr (kParts == 1) {
+          int15_multiply_rows<Codes, 1, kUnit, 1>(of, begin, end, block, to, ldy);
+        }
+        break;
+      case 2:
+        int15_multiply_rows<Codes, kParts, kUnit, 2>(of, begin, end, block, to, ldy);
+        break;
+      case 3:
+        if constexpr (kParts == 1) {
+          int15_multiply_rows<Codes, 1, kUnit, 3>(of, begin, end, block, to, ldy);
+        }
+        break;
+      default:
+        int15_multiply_rows<Codes, kParts, kUnit, 4>(of, begin, end, block, to, ldy);
+    }
+  }
+}
+
+template <class Codes, int kParts>
+void int15_multiply(const Matrix& w,
+                    int64_t begin,
+                    int64_t end,
+                    const void* const* rows,
+                    int64_t count,
+                    float* y,
+                    int64_t ldy,
+                    const Ahead& ahead) {
+  if (unit_of(w.format) == Codes::kFineUnit) {
+    int15_multiply_units<Codes, kParts, Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
+                                                          ahead);
+  } else {
+    int15_multiply_units<Codes, kParts, 2 * Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
+                                                              ahead);
+  }
+}
+
+template <class Codes>
+const Product* int15_product() {
+  static constexpr Product kProduct = {"int15",
+                                       Codes::kLayout,
+                                       true,
+                                       int15_prepared_bytes<1>,
+                                       int15_prepare<Codes, 1>,
+                                       int15_multiply<Codes, 1>};
+  return &kProduct;
+}
+
+// Rows up to which two of 15 bits for each are faster than the generic product, which shares the
+// work on the weights among more.
+constexpr int64_t kMostInParts = 3;
+
+// For float32, where codes have no offsets: beside those, what the sums are short of would be seen.
+template <class Codes>
+const Product* int30_product() {
+  static constexpr Product kProduct = {"2 x int15",
+                                       Codes::kLayout + kLayoutInParts,
+                                       true,
+                                       int15_prepared_bytes<2>,
+                                       int15_prepare<Codes, 2>,
+                                       int15_multiply<Codes, 2>};
+  return &kProduct;
+}
+
+}  // namespace
+}  // namespace moefast
+
+#endif
