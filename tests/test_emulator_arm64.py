@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,17 @@ kernel void k(device float* out [[buffer(0)]], const device float* x [[buffer(1)
   out[i] = simd_sum(s[63 - t]) + float(h * h + h) + float(b * b + b) + product.thread_elements()[0];
 }
 """
+# Arguments and results are denormals, now and then: those of half stay.
+FLUSHING = """#include <metal_stdlib>
+using namespace metal;
+kernel void k(device float* out [[buffer(0)]], const device float* x [[buffer(1)]],
+              uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
+  float small = x[i] * exp2(-129.0f);
+  half h = as_type<half>((ushort)(i + 1)) * half(2.0f);
+  float sum = small * 0.5f + small, positive = float(small > 0.0f);
+  out[i] = i % 4 == 0 ? small : i % 4 == 1 ? positive : i % 4 == 2 ? float(h) : sum;
+}
+"""
 MAIN = """
 #include "abi.h"
 #include <stdio.h>
@@ -60,6 +72,7 @@ int main() {
   launch.grid[1] = launch.grid[2] = launch.threadgroup[1] = launch.threadgroup[2] = 1;
   launch.os_threads = 2;
   launch.meets = 1;
+  launch.flush = FLUSH;
   Outcome outcome = {};
   if (msl_run(&launch, &outcome) || outcome.status != kFinished) return 1;
   return fwrite(out, sizeof out, 1, stdout) == 1 ? 0 : 1;
@@ -67,10 +80,11 @@ int main() {
 """
 
 
-def test_same_bits_on_arm64(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernel", "denormals"), [(KERNEL, "keep"), (FLUSHING, "keep"), (FLUSHING, "flush")])
+def test_same_bits_on_arm64(kernel: str, denormals: Any, tmp_path: Path) -> None:
     zig = toolchain.toolchain().clang[0]
     target = ("-target", "aarch64-linux-musl")
-    text = pipeline.preprocess(KERNEL, "k.metal", [], {}, pipeline.Shown("k.metal", KERNEL))
+    text = pipeline.preprocess(kernel, "k.metal", [], {}, pipeline.Shown("k.metal", kernel))
     source = Source(text)
     structure = read(source)
     signature = reflect.find(source, structure, None, {})
@@ -97,6 +111,7 @@ def test_same_bits_on_arm64(tmp_path: Path) -> None:
     names = ("worker.cpp", "schedule.cpp", "context_switch.cpp", "math.cpp", "half.cpp", "run.cpp")
     sources = [*(str(runtime / name) for name in names), str(tmp_path / "main.cpp"), str(tmp_path / "k.o")]
     flags = ("-static", "-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-nostdinc++", f"-I{runtime}")
+    flags += (f"-DFLUSH={int(denormals == 'flush')}",)
     program = str(tmp_path / "program")
     libraries = ("-lm", "-lpthread", "-o", program)
     toolchain.must([zig, "cc", *target, *flags, "-fno-sanitize=all", *sources, *libraries])
@@ -104,5 +119,5 @@ def test_same_bits_on_arm64(tmp_path: Path) -> None:
 
     x = (np.arange(N) * 37 % 101).astype(np.float32) * np.float32(0.25)
     outputs = {0: emulator.Output((N,), np.float32), 1: x}
-    here = emulator.launch(emulator.compile(KERNEL), outputs, (N, 1, 1), (64, 1, 1))
+    here = emulator.launch(emulator.compile(kernel), outputs, (N, 1, 1), (64, 1, 1), denormals=denormals)
     assert there == here.buffers[0].tobytes()

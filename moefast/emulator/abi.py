@@ -25,6 +25,7 @@ class Launch(ctypes.Structure):
         ("shuffle", c_uint32),
         ("os_threads", c_uint32),
         ("meets", c_uint32),
+        ("flush", c_uint32),
     ]
 
 

@@ -21,6 +21,7 @@ from .errors import EmulatorError
 from .report import Finding, Reader
 
 Mode = Literal["run", "check"]
+Denormals = Literal["keep", "flush"]
 _MOST_THREADS = 1024
 _UNWRITTEN = 0xCB  # what an output holds that nobody wrote
 
@@ -70,6 +71,7 @@ def launch(
     seed: int | None = None,
     time_limit: float = 60.0,
     threads: int | None = None,
+    denormals: Denormals = "keep",
 ) -> Result:
     """Run a kernel over a grid of threads.
 
@@ -85,6 +87,8 @@ def launch(
         seed: check mode: run threadgroups and simdgroups in the random order of this seed; None: in order.
         time_limit: seconds.
         threads: OS threads of run mode; None: one for each core.
+        denormals: ``keep`` them, as IEEE 754 has it, or ``flush`` those of float and bfloat to zero: as
+            arguments and results of arithmetic, comparisons and functions, not where values are only moved.
 
     Raises:
         ValueError: buffers or sizes do not fit the kernel.
@@ -92,8 +96,11 @@ def launch(
     """
     if mode not in ("run", "check"):
         raise ValueError(f"[launch] mode must be 'run' or 'check', got {mode!r}.")
+    if denormals not in ("keep", "flush"):
+        raise ValueError(f"[launch] denormals must be 'keep' or 'flush', got {denormals!r}.")
     prepared = _prepare(kernel, buffers)
     request = _request(kernel, grid, threadgroup, threadgroup_bytes or {}, time_limit)
+    request.flush = denormals == "flush"
     size = tuple(request.threadgroup)
     if np.prod(size) > _MOST_THREADS:
         message = f"{'x'.join(map(str, size))} threads in a threadgroup, more than {_MOST_THREADS}"

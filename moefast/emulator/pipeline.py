@@ -56,6 +56,7 @@ _LANGUAGE = (
     # Half and bfloat round after every operation; products and sums of one expression are fused, not more.
     *("-Xclang", "-fbfloat16-excess-precision=none", "-Xclang", "-ffloat16-excess-precision=none"),
     *("-ffp-contract=on", "-fno-math-errno", "-fno-exceptions"),
+    "-fdenormal-fp-math=dynamic,dynamic",  # a launch decides; the optimiser assumes nothing
     # The IR keeps device, constant, threadgroup and generic apart: instrument.py lives on it.
     *("-Xclang", "-ffake-address-space-map"),
     *("-O2", "-Xclang", "-disable-llvm-passes", "-gline-tables-only"),
