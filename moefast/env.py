@@ -6,6 +6,7 @@
 ``MOEFAST_CLANG``    clang (19 or newer) of the Metal emulator; by default the one of the wheel ``ziglang``
 ``MOEFAST_ISA``      instruction set of the native backend, one of ``ISAS``; by default the best there is
 ``MOEFAST_LOG``      ``1``, true, yes or on: log which kernel each operation chose and why others refused
+``MOEFAST_METAL``    ``emulate``: run Metal kernels on the CPU, through the emulator; by default on a GPU only
 ``MOEFAST_THREADS``  threads of the native backend; 0, the default: one per usable core
 ===================  ===================================================================================
 
@@ -37,6 +38,7 @@ class Settings:
     clang: str = ""
     isa: str = ""
     log: bool = False
+    metal: str = ""
     threads: int = 0
 
     @classmethod
@@ -48,6 +50,9 @@ class Settings:
         isa = environ.get("MOEFAST_ISA", "")
         if isa and isa not in ISAS:
             refuse("env", f"MOEFAST_ISA must be one of {ISAS}", repr(isa))
+        metal = environ.get("MOEFAST_METAL", "")
+        if metal not in ("", "emulate"):
+            refuse("env", "MOEFAST_METAL must be 'emulate' or empty", repr(metal))
         threads = environ.get("MOEFAST_THREADS", "") or "0"
         if not threads.isdecimal() or int(threads) > _MOST_THREADS:
             refuse("env", f"MOEFAST_THREADS must be in 0..{_MOST_THREADS}", repr(threads))
@@ -57,6 +62,7 @@ class Settings:
             clang=environ.get("MOEFAST_CLANG", ""),
             isa=isa,
             log=log in _ON,
+            metal=metal,
             threads=int(threads),
         )
 

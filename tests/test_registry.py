@@ -293,6 +293,7 @@ def test_backends_lists_what_can_run() -> None:
         ({"MOEFAST_BACKEND": "", "MOEFAST_LOG": ""}, Settings()),  # set but empty is unset
         ({"MOEFAST_BACKEND": "reference"}, Settings(backend="reference")),
         ({"MOEFAST_LOG": "1"}, Settings(log=True)),
+        ({"MOEFAST_METAL": "emulate"}, Settings(metal="emulate")),
         ({"MOEFAST_LOG": "Yes"}, Settings(log=True)),
         ({"MOEFAST_LOG": "0", "OTHER": "x"}, Settings()),
     ],
@@ -304,6 +305,8 @@ def test_settings(environment: dict[str, str], expected: Settings) -> None:
 def test_settings_refuse_by_name() -> None:
     with pytest.raises(ValueError, match=r"\[env\] MOEFAST_LOG must be one of .*, got 'loud'\."):
         Settings.read({"MOEFAST_LOG": "loud"})
+    with pytest.raises(ValueError, match=r"\[env\] MOEFAST_METAL must be .*, got 'gpu'\."):
+        Settings.read({"MOEFAST_METAL": "gpu"})
 
 
 PROGRAM = """

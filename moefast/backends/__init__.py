@@ -7,10 +7,11 @@ from contextvars import Token
 from types import TracebackType
 
 from ..registry import Registry
+from .metal import METAL
 from .native import NATIVE
 from .reference import REFERENCE
 
-registry = Registry((NATIVE, REFERENCE))
+registry = Registry((METAL, NATIVE, REFERENCE))
 
 
 def backends() -> Mapping[str, str | None]:

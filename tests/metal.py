@@ -1,0 +1,30 @@
+"""Metal kernels in the tests: emulated, checked, and with threads in an order drawn from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moefast.backends import registry
+from moefast.backends.metal import METAL, launch
+
+
+@contextmanager
+def emulated(*, check: bool = True, seed: int | None = 0) -> Iterator[list[launch.Launch]]:
+    """Within the block ``backend="metal"`` runs in the emulator; gives every launch, with its counters.
+
+    With ``check`` any finding raises ``EmulatorError``; threads run in an order drawn from ``seed``.
+    """
+    former = METAL.unavailable
+    METAL.__dict__["unavailable"] = None
+    try:
+        with (
+            launch.emulation("check" if check else "run", seed if check else None),
+            launch.recorded() as made,
+        ):
+            yield made
+    finally:
+        METAL.__dict__["unavailable"] = former
+        for key, choice in list(registry._choices.items()):
+            if choice.backend == "metal":
+                del registry._choices[key]
