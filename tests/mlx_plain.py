@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from mlx_kernels import ROUNDOFF, Run, dot_error, i32, i64, normal, numbers, of, out, scalar
 
@@ -103,6 +101,45 @@ def _gemv(kind: str, N: int, K: int, bm: int, bn: int) -> Run:
     )
 
 
+def gemv_gather(kind: str, N: int, K: int) -> Run:
+    """The mat-vec of decoding without quantization: each route has its expert."""
+    experts = (3, 1, 4, 0)
+    matrix, vector = of(kind, normal(5, N, K)), of(kind, normal(1, K, seed=1))
+    bm, tm = 8, 4
+    return Run(
+        ("gemv.h",),
+        f'instantiate_kernel("k", gemv_gather, {kind}, {bm}, 1, 1, 32, {tm}, 4)',
+        {
+            "mat": matrix,
+            "in_vec": vector,
+            "bias": of(kind, np.zeros(1)),
+            "out_vec": out(kind, len(experts), N),
+            "in_vec_size": scalar(K),
+            "out_vec_size": scalar(N),
+            "marix_ld": scalar(K),
+            "alpha": scalar(1, np.float32),
+            "beta": scalar(0, np.float32),
+            "batch_ndim": scalar(1),
+            "batch_shape": i32(len(experts)),
+            "index_batch_strides": i64(1, 1),
+            "vector_batch_ndim": scalar(1),
+            "vector_batch_shape": i32(1),
+            "vector_batch_stride": i64(K),
+            "matrix_batch_ndim": scalar(1),
+            "matrix_batch_shape": i32(5),
+            "matrix_batch_stride": i64(N * K),
+            "vec_indices": np.zeros(len(experts), np.uint32),
+            "mat_indices": np.array(experts, np.uint32),
+        },
+        ((N + bm * tm - 1) // (bm * tm) * 32, 1, bm * len(experts)),
+        (32, 1, bm),
+        "out_vec",
+        kind,
+        numbers(matrix, kind)[list(experts)] @ numbers(vector, kind)[0],
+        dot_error(kind, K),
+    )
+
+
 def softmax(kind: str, rows: int, size: int, precise: bool = True) -> Run:
     looped = size > 4096
     x = of(kind, normal(rows, size) * 3)
@@ -137,70 +174,6 @@ def logsumexp(kind: str, rows: int, size: int) -> Run:
         kind,
         np.log(np.exp(numbers(x, kind)).sum(-1)),
         8 * ROUNDOFF[kind],
-    )
-
-
-# Names of MLX's operations, and what they are; `sqrt` and its like of positive numbers.
-UNARY = {
-    **{
-        name.capitalize(): getattr(np, name)
-        for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp", "abs")
-    },
-    **{name.capitalize(): getattr(np, name) for name in ("floor", "ceil", "square", "sign", "negative")},
-    "Sqrt": lambda x: np.sqrt(np.abs(x)),
-    "Log": lambda x: np.log(np.abs(x)),
-    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "Erf": np.vectorize(math.erf),
-    "Expm1": np.expm1,
-    "ArcTan": np.arctan,
-}
-POSITIVE = ("Sqrt", "Log")
-# MLX's expm1f reduces its argument in one step: 1.4e-6 for each power of two are lost. erf calls it.
-LESS_EXACT = {"Expm1": 2.0**-15, "Erf": 2.0**-19}
-
-
-def unary(kind: str, name: str, size: int) -> Run:
-    values = normal(size) * 2
-    x = of(kind, np.abs(values) + 0.1 if name in POSITIVE else values)
-    return Run(
-        ("unary_ops.h", "unary.h"),
-        f'instantiate_kernel("k", unary_v, {kind}, {kind}, {name})',
-        {"in": x, "out": out(kind, size), "size": scalar(size, np.uint32)},
-        (size, 1, 1),
-        (min(size, 1024), 1, 1),
-        "out",
-        kind,
-        UNARY[name](numbers(x, kind)),
-        max(8 * ROUNDOFF[kind], LESS_EXACT.get(name, 0)),
-    )
-
-
-BINARY = {
-    "Add": np.add,
-    "Subtract": np.subtract,
-    "Multiply": np.multiply,
-    "Divide": np.divide,
-    "Maximum": np.maximum,
-    "Minimum": np.minimum,
-    "Power": lambda a, b: np.power(np.abs(a), b),
-    "LogAddExp": np.logaddexp,
-    "ArcTan2": np.arctan2,
-}
-
-
-def binary(kind: str, name: str, size: int) -> Run:
-    a, b = normal(size), normal(size, seed=1)
-    a, b = of(kind, np.exp2(np.tanh(a)) if name == "Power" else a), of(kind, b)
-    return Run(
-        ("binary_ops.h", "binary.h"),
-        f'instantiate_kernel("k", binary_vv, {kind}, {kind}, {name})',
-        {"a": a, "b": b, "c": out(kind, size), "size": scalar(size, np.uint32)},
-        (size, 1, 1),
-        (min(size, 1024), 1, 1),
-        "c",
-        kind,
-        BINARY[name](numbers(a, kind), numbers(b, kind)),
-        4 * ROUNDOFF[kind],
     )
 
 
@@ -251,13 +224,27 @@ def gather(kind: str, rows: int, columns: int, count: int) -> Run:
     )
 
 
-def sdpa_vector(kind: str, heads: int, kv_heads: int, length: int, size: int) -> Run:
+def sdpa_vector(kind: str, heads: int, kv_heads: int, length: int, size: int, extra: str = "") -> Run:
+    """One query for each head.
+
+    Args:
+        extra: ``bool`` or ``float``: a mask of that kind; ``sinks``: a score for each head without a value.
+    """
     q = of(kind, normal(heads, 1, size))
     k, v = of(kind, normal(kv_heads, length, size, seed=1)), of(kind, normal(kv_heads, length, size, seed=2))
     repeat = heads // kv_heads
     scores = np.einsum("hqd,hkd->hqk", numbers(q, kind), np.repeat(numbers(k, kind), repeat, 0)) * size**-0.5
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
+    kept = np.random.default_rng(3).random((heads, 1, length)) < 0.7
+    added, sinks = of(kind, normal(heads, 1, length, seed=4)), of(kind, normal(heads, seed=5))
+    if extra == "bool":
+        scores = np.where(kept, scores, -np.inf)
+    elif extra == "float":
+        scores += numbers(added, kind)
+    sink = numbers(sinks, kind)[:, None, None] if extra == "sinks" else np.full((heads, 1, 1), -np.inf)
+    most = np.maximum(scores.max(-1, keepdims=True), sink)
+    weights = np.exp(scores - most)
+    weights /= weights.sum(-1, keepdims=True) + np.exp(sink - most)
+    masked = extra in ("bool", "float")
     return Run(
         ("sdpa_vector.h",),
         f'instantiate_kernel("k", sdpa_vector, {kind}, {size}, {size})',
@@ -273,6 +260,13 @@ def sdpa_vector(kind: str, heads: int, kv_heads: int, length: int, size: int) ->
             "v_head_stride": scalar(length * size, np.uint64),
             "v_seq_stride": scalar(size, np.uint64),
             "scale": scalar(size**-0.5, np.float32),
+            "bmask": kept,
+            "fmask": added,
+            "mask_kv_seq_stride": scalar(1),
+            "mask_q_seq_stride": scalar(length),
+            "mask_head_stride": scalar(length),
+            "sinks": sinks,
+            "num_q_heads": scalar(heads),
         },
         (heads * 1024, 1, 1),
         (1024, 1, 1),
@@ -280,5 +274,13 @@ def sdpa_vector(kind: str, heads: int, kv_heads: int, length: int, size: int) ->
         kind,
         weights @ np.repeat(numbers(v, kind), repeat, 0),
         16 * ROUNDOFF[kind],
-        {20: False, 21: False, 22: False, 23: False, 24: False, 25: False, 26: 0},
+        {
+            20: masked,
+            21: False,
+            22: False,
+            23: extra == "bool",
+            24: extra == "float",
+            25: extra == "sinks",
+            26: 0,
+        },
     )

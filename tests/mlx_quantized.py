@@ -73,6 +73,34 @@ def qmv(kind: str, bits_: int, mode: str, N: int, K: int) -> Run:
     )
 
 
+def qmm_t(kind: str, bits_: int, mode: str, M: int, N: int, K: int) -> Run:
+    """Several tokens, one matrix; M and N may leave a part of a tile."""
+    stack = Stack(kind, mode, bits_, 1, N, K)
+    x = of(kind, normal(M, K, seed=1))
+    aligned = "true" if N % 32 == 0 else "false"
+    return Run(
+        stack.headers,
+        f'instantiate_kernel("k", {stack.prefix}_qmm_t, {stack.template}, {aligned}, false)',
+        {
+            **stack.buffers,
+            "x": x,
+            "y": out(kind, M, N),
+            "K": scalar(K),
+            "N": scalar(N),
+            "M": scalar(M),
+            "x_batch_ndims": scalar(0),
+            "x_shape": i32(M, K),
+            "x_strides": i64(K, 1),
+        },
+        ((N + 31) // 32 * 32, (M + 31) // 32 * 2, 2),
+        (32, 2, 2),
+        "y",
+        kind,
+        numbers(x, kind) @ stack.values[0].T,
+        dot_error(kind, K) + dot_error(kind, 1),  # weights are rounded to the activations' type
+    )
+
+
 def gather_qmv(kind: str, bits_: int, mode: str, N: int, K: int) -> Run:
     """The mat-vec of decoding: each route has its expert."""
     experts = (3, 1, 4, 0)

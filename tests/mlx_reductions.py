@@ -115,31 +115,56 @@ def all_reduce(kind: str, operation: str, size: int) -> Run:
     )
 
 
-def scan(kind: str, rows: int, size: int, inclusive: bool, reverse: bool) -> Run:
-    x = of(kind, normal(rows, size))
-    threads = (size + 127) // 128 * 32
-    exact = numbers(x, kind)[:, :: -1 if reverse else 1]
-    exact = np.cumsum(exact, -1) - (0 if inclusive else exact)
+SCANS = {
+    "Sum": (np.cumsum, 0.0),
+    "Prod": (np.cumprod, 1.0),
+    "Max": (np.maximum.accumulate, -np.inf),
+    "Min": (np.minimum.accumulate, np.inf),
+    "Logaddexp": (np.logaddexp.accumulate, -np.inf),
+}
+
+
+def _scanned(values: np.ndarray, axis: int, inclusive: bool, reverse: bool, operation: str) -> np.ndarray:
+    accumulate, first = SCANS[operation]
+    values = np.flip(values, axis) if reverse else values
+    if not inclusive:
+        start = np.full_like(np.take(values, [0], axis), first)
+        values = np.concatenate([start, np.delete(values, -1, axis)], axis)
+    done = accumulate(values, axis)
+    return np.flip(done, axis) if reverse else done
+
+
+def _scan(kind: str, which: str, inclusive: bool, reverse: bool, operation: str) -> str:
     words = f"{str(inclusive).lower()}, {str(reverse).lower()}"
+    return f'instantiate_kernel("k", {which}_scan, {kind}, {kind}, Cum{operation}<{kind}>, 4, {words})'
+
+
+def scan(kind: str, rows: int, size: int, inclusive: bool, reverse: bool, operation: str = "Sum") -> Run:
+    """Along rows."""
+    x = _reduction(kind, operation, rows, size)
+    threads = (size + 127) // 128 * 32
     return Run(
         ("binary_ops.h", "scan.h"),
-        f'instantiate_kernel("k", contiguous_scan, {kind}, {kind}, CumSum<{kind}>, 4, {words})',
+        _scan(kind, "contiguous", inclusive, reverse, operation),
         {"in": x, "out": out(kind, rows, size), "axis_size": scalar(size, np.uint64)},
         (threads, rows, 1),
         (threads, 1, 1),
         "out",
         kind,
-        exact[:, :: -1 if reverse else 1],
+        _scanned(numbers(x, kind), 1, inclusive, reverse, operation),
         _reduce_error(kind, size),
     )
 
 
-def strided_scan(kind: str, size: int, stride: int) -> Run:
-    x = of(kind, normal(size, stride))
+def strided_scan(
+    kind: str, size: int, stride: int, inclusive: bool, reverse: bool, operation: str = "Sum"
+) -> Run:
+    """Along columns."""
+    x = _reduction(kind, operation, size, stride)
     blocks = (stride + 31) // 32
     return Run(
         ("binary_ops.h", "scan.h"),
-        f'instantiate_kernel("k", strided_scan, {kind}, {kind}, CumSum<{kind}>, 4, true, false)',
+        _scan(kind, "strided", inclusive, reverse, operation),
         {
             "in": x,
             "out": out(kind, size, stride),
@@ -151,7 +176,7 @@ def strided_scan(kind: str, size: int, stride: int) -> Run:
         (256, 1, 1),
         "out",
         kind,
-        np.cumsum(numbers(x, kind), 0),
+        _scanned(numbers(x, kind), 0, inclusive, reverse, operation),
         _reduce_error(kind, size),
     )
 

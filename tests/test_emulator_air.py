@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,11 +15,12 @@ from typing import Any
 import mlx.core as mx
 import mlx_plain as plain
 import mlx_quantized as quantized
-import mlx_reductions as reductions
 import numpy as np
 import pytest
-from mlx_kernels import Run, bits, scalar
+from mlx_air import BINARY, CASES, CASTS, COMPARISONS, UNARY
+from mlx_kernels import TYPES, Run, bits, numbers
 
+from moefast import emulator
 from moefast.emulator import air
 from moefast.emulator.metallib import Metallib
 from moefast.env import settings
@@ -32,8 +34,6 @@ PLACES = (
     Path(__file__).resolve().parents[1] / "build" / "oracle" / "mlx" / "lib" / "mlx.metallib",
     Path(mx.__file__).resolve().parent / "lib" / "mlx.metallib",  # on a Mac
 )
-# The names MLX gives types: in quantized kernels those of Metal, elsewhere its own.
-OWN = {"float": "float32", "float16_t": "float16", "bfloat16_t": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -44,100 +44,101 @@ def metallib() -> Metallib:
     pytest.skip("needs Apple-compiled kernels: make oracle")
 
 
-CASES: dict[str, Callable[[], Run]] = {}
-for kind, own in OWN.items():
-    for width in (2, 3, 4, 5, 6, 8):
-        name = f"{kind}_gs_64_b_{width}"
-        CASES[f"affine_gather_qmv_fast_{name}"] = lambda k=kind, w=width: quantized.gather_qmv(
-            k, w, "affine", 16, 512
-        )
-        CASES[f"affine_gather_qmv_{name}"] = lambda k=kind, w=width: quantized.gather_qmv(
-            k, w, "affine", 10, 192
-        )
-    CASES[f"affine_qmv_fast_{kind}_gs_64_b_4_batch_0_pr_0_hgs_0_r_4"] = lambda k=kind: quantized.qmv(
-        k, 4, "affine", 16, 512
-    )
-    CASES[f"affine_gather_qmm_t_{kind}_gs_64_b_4_alN_true"] = lambda k=kind: quantized.gather_qmm_t(
-        k, 4, "affine", 33, 32, 128
-    )
-    CASES[f"affine_gather_qmm_rhs_nt_{kind}_gs_64_b_4_bm_16_bn_32_bk_32_wm_1_wn_2"] = lambda k=kind: (
-        quantized.gather_qmm_rhs(k, 4, "affine", (5, 0, 17, 10), 64, 128)
-    )
-    CASES[f"steel_gather_mm_rhs_nt_{own}_{own}_bm16_bn64_bk16_wm1_wn2"] = lambda k=kind: plain.gather_mm_rhs(
-        k, (5, 0, 17, 10), 64, 48
-    )
-    CASES[f"gemv_{own}_bm8_bn1_sm1_sn32_tm4_tn4_nc0_axpby0"] = lambda k=kind: plain.gemv(k, 40, 700)
-    for mode, (group, width) in quantized.FORMATS.items():
-        name = f"{kind}_gs_{group}_b_{width}"
-        CASES[f"{mode}_gather_qmv_fast_{name}"] = lambda k=kind, m=mode: quantized.gather_qmv(
-            k, 0, m, 16, 512
-        )
-        CASES[f"{mode}_gather_qmv_{name}"] = lambda k=kind, m=mode: quantized.gather_qmv(k, 0, m, 10, 192)
-        CASES[f"{mode}_gather_qmm_t_{name}_alN_true"] = lambda k=kind, m=mode: quantized.gather_qmm_t(
-            k, 0, m, 33, 32, 128
-        )
-    CASES[f"block_softmax_{own}"] = lambda k=kind: plain.softmax(k, 3, 700, False)
-    CASES[f"looped_softmax_{own}"] = lambda k=kind: plain.softmax(k, 2, 5000, False)
-    if kind != "float":
-        CASES[f"block_softmax_precise_{own}"] = lambda k=kind: plain.softmax(k, 3, 700)
-    CASES[f"block_logsumexp_{own}"] = lambda k=kind: plain.logsumexp(k, 3, 700)
-    for operation in reductions.OPERATIONS:
-        CASES[f"row_reduce_simple_{operation.lower()}{own}"] = lambda k=kind, o=operation: (
-            reductions.row_reduce(k, o, 6, 300)
-        )
-        CASES[f"col_reduce_small_1_reduce_{operation.lower()}{own}"] = lambda k=kind, o=operation: (
-            reductions.col_reduce_small(k, o, 7, 50)
-        )
-    CASES[f"col_reduce_looped_1_32_32_reduce_sum{own}"] = lambda k=kind: reductions.col_reduce_looped(
-        k, "Sum", 100, 70
-    )
-    CASES[f"all_reduce_sum{own}"] = lambda k=kind: reductions.all_reduce(k, "Sum", 1000)
-    CASES[f"c_block_sort_{own}_{own}_bn32_tn4"] = lambda k=kind: reductions.sort(k, 3, 100, False)
-    CASES[f"carg_block_sort_{own}_uint32_bn128_tn4"] = lambda k=kind: reductions.sort(k, 2, 300, True)
-    for name in plain.BINARY:
-        CASES[f"vv_{name}{own}"] = lambda k=kind, n=name: plain.binary(k, n, 3000)
-
-
 def some(name: str) -> Any:
-    """All of bfloat and what has one type only; the rest is in the whole matrix."""
-    return pytest.param(name, marks=() if "bfloat16" in name else pytest.mark.slow)
+    """Of kernels that differ in type, width and operation, one is enough for every day."""
+    bits = re.match(r"affine_(\w+)_bfloat16_t_gs_64_b_(\d)", name)
+    daily = "bfloat16" in name and (not bits or bits[2] == "4" or bits[1] == "gather_qmv_fast")
+    if "_scan_" in name:
+        daily = daily and "_inclusive_sum" in name
+    return pytest.param(name, marks=() if daily else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [some(name) for name in CASES])
 def test_header_equals_air(name: str, metallib: Metallib) -> None:
     run = CASES[name]()
     _, header = run.launch()
-    kernel = air.load(metallib, name, run.constants)
-    _, apple = run.launch(kernel)
+    _, apple = run.launch(air.load(metallib, name.split()[0], run.constants))
     run.check(apple)
     differing = np.count_nonzero(header.view(np.uint8) != apple.view(np.uint8))
     assert differing == 0, f"{differing} of {header.nbytes} bytes"
 
 
-@pytest.mark.parametrize("kind", OWN)
-@pytest.mark.parametrize(
-    "name", [n if n in ("Exp", "Sigmoid") else pytest.param(n, marks=pytest.mark.slow) for n in plain.UNARY]
-)
-def test_unary_header_equals_air_everywhere(name: str, kind: str, metallib: Metallib) -> None:
-    """All 65,536 values of half types; of float, its 65,536 upper halves."""
-    every = np.arange(65536, dtype=np.uint16)
-    run = plain.unary(kind, name, 65536)
-    run.buffers["in"] = {
-        "float": (every.astype(np.uint32) << 16).view(np.float32),
-        "float16_t": every.view(np.float16),
-    }.get(kind, every)
-    assert run.buffers["size"] == scalar(65536, np.uint32)
+# All values of half types, twice; of float each upper half, with two different lower halves.
+EVERY = 2 * 65536
+WORDS = {"float": np.uint32, "float16_t": np.uint16, "bfloat16_t": np.uint16}
+
+
+def every(kind: str) -> np.ndarray:
+    values = np.tile(np.arange(65536, dtype=np.uint32), 2)
+    if kind != "float":
+        return values.astype(np.uint16)
+    lower = np.random.default_rng(7).integers(0, 65536, EVERY, dtype=np.uint32)
+    lower[:32768] = 0
+    return values << 16 | lower
+
+
+def pairs(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bits of pairs: each special value with each, any with any, and two that are not far from each other."""
+    word = WORDS[kind]
+    mantissa = {"float": 23, "float16_t": 10, "bfloat16_t": 7}[kind]
+    infinity = {"float": 0x7F800000, "float16_t": 0x7C00, "bfloat16_t": 0x7F80}[kind]
+    sign = 1 << (8 * word().itemsize - 1)
+    one = int(bits(mx.array([1.0], TYPES[kind])).view(word)[0])
+    step = 1 << mantissa
+    positive = [0, 1, 2, step - 1, step, step + 1, step // 2, one - step, one - 1, one, one + 1]
+    positive += [one + step, one + step // 2, one + 3 * step, one + 7 * step + 1]
+    positive += [infinity - 1, infinity - step, infinity, infinity + step // 2]
+    special = np.array([value | s for value in positive for s in (0, sign)], np.uint32)
+    random = np.random.default_rng(8)
+    rest = EVERY - special.size**2
+    a = random.integers(0, 2 * sign, rest, dtype=np.uint64)
+    b = random.integers(0, 2 * sign, rest, dtype=np.uint64)
+    near = random.integers(0, 6 * step, rest, dtype=np.uint64)
+    b[rest // 2 :] = ((a + near - 3 * step) % (2 * sign))[rest // 2 :]
+    left = np.concatenate([np.repeat(special, special.size), a]).astype(word)
+    return left, np.concatenate([np.tile(special, special.size), b]).astype(word)
+
+
+def of_bits(words: np.ndarray, kind: str) -> np.ndarray:
+    return words.view({"float": np.float32, "float16_t": np.float16}.get(kind, np.uint16))
+
+
+def whole(cases: list[tuple[str, str, str, Callable[[int], Run]]], *always: str) -> list[Any]:
+    """Parameters of a test: what is ``always`` run is named, in bfloat; the rest is in the whole matrix."""
+    return [
+        pytest.param(
+            case,
+            id=case[0],
+            marks=() if "bfloat" in case[0] and any(a in case[0] for a in always) else pytest.mark.slow,
+        )
+        for case in cases
+    ]
+
+
+def assert_same(run: Run, name: str, result: str, metallib: Metallib) -> None:
     _, header = run.launch()
-    _, apple = run.launch(air.load(metallib, f"v_{name}{OWN[kind]}{OWN[kind]}"))
+    _, apple = run.launch(air.load(metallib, name))
     # Which NaN an operation gives is not part of its definition.
-    word = header.dtype.itemsize
-    both_nan = np.isnan(_floats(header, kind)) & np.isnan(_floats(apple, kind))
-    as_integers = f"u{word}"
-    assert np.count_nonzero((header.view(as_integers) != apple.view(as_integers)) & ~both_nan) == 0
+    both_nan = np.isnan(numbers(header, result)) & np.isnan(numbers(apple, result))
+    word = f"u{header.dtype.itemsize}"
+    differs = (header.view(word) != apple.view(word)) & ~both_nan
+    assert np.count_nonzero(differs) == 0, f"first at {np.flatnonzero(differs)[:8]}"
 
 
-def _floats(array: np.ndarray, kind: str) -> np.ndarray:
-    return np.array(mx.array(array).view(mx.bfloat16).astype(mx.float32)) if kind == "bfloat16_t" else array
+@pytest.mark.parametrize("case", whole(UNARY, "Exp", "Sigmoid") + whole(CASTS, "copybfloat16float32"))
+def test_of_one_value_header_equals_air_everywhere(case: Any, metallib: Metallib) -> None:
+    name, kind, result, make = case
+    run = make(EVERY)
+    run.buffers["src" if "copy" in name else "in"] = of_bits(every(kind), kind)
+    assert_same(run, name, result, metallib)
+
+
+@pytest.mark.parametrize("case", whole(BINARY, "Multiply", "Maximum") + whole(COMPARISONS, "LessEqual"))
+def test_of_two_values_header_equals_air(case: Any, metallib: Metallib) -> None:
+    name, kind, result, make = case
+    run = make(EVERY)
+    run.buffers["a"], run.buffers["b"] = (of_bits(words, kind) for words in pairs(kind))
+    assert_same(run, name, result, metallib)
 
 
 def test_air_runs_in_check_mode(metallib: Metallib) -> None:
@@ -158,6 +159,93 @@ def test_function_constants_are_needed(metallib: Metallib) -> None:
     name = "affine_gather_qmm_rhs_nt_float_gs_64_b_4_bm_16_bn_32_bk_32_wm_1_wn_2"
     with pytest.raises(ValueError, match=r"needs the function constant align_\w \(20\d\)"):
         air.load(metallib, name)
+
+
+@pytest.mark.parametrize(
+    ("extra", "absent"), [("", {11, 12, 13, 14, 15, 16, 17}), ("sinks", {11, 12, 13, 14, 15})]
+)
+def test_arguments_that_function_constants_take_away(
+    extra: str, absent: set[int], metallib: Metallib
+) -> None:
+    run = plain.sdpa_vector("float", 4, 2, 50, 64, extra)
+    kernel = air.load(metallib, "sdpa_vector_float_64_64", run.constants)
+    assert set(kernel.signature.buffers) == set(range(18)) - set(absent)
+    result, values = run.launch(kernel, mode="check", raises=False)
+    assert result.findings == ()
+    run.check(values)
+
+
+# A kernel that has its second buffer unless function constant 3 is true, and copies constant 4 to it.
+AIR = """
+@absent = internal addrspace(2) externally_initialized constant i8 undef
+@scale = internal addrspace(2) externally_initialized constant {kind} undef
+@present = internal addrspace(2) global i8 0
+@llvm.global_ctors = appending global [1 x {{ i32, ptr, ptr }}] [{{ i32, ptr, ptr }} {{ i32 65535, ptr @init, ptr null }}]
+@llvm.compiler.used = appending global [1 x ptr] [ptr addrspacecast (ptr addrspace(2) @present to ptr)]
+define internal void @init() {{
+  %1 = load {volatile} i8, ptr addrspace(2) @absent
+  %2 = xor i8 %1, 1
+  %3 = call i8 @air.normalize_function_constant_predicate.i8(i8 %2)
+  store i8 %3, ptr addrspace(2) @present
+  ret void
+}}
+declare i8 @air.normalize_function_constant_predicate.i8(i8)
+define void @k(ptr addrspace(1) %0, ptr addrspace(1) %1) {{
+  %3 = load i8, ptr addrspace(2) @present
+  store i8 %3, ptr addrspace(1) %0
+  %4 = icmp eq i8 %3, 0
+  br i1 %4, label %7, label %5
+5:
+  %6 = load {kind}, ptr addrspace(2) @scale
+  store {kind} %6, ptr addrspace(1) %1
+  br label %7
+7:
+  ret void
+}}
+!air.kernel = !{{!0}}
+!air.function_constants = !{{!5, !6}}
+!0 = !{{ptr @k, !1, !2}}
+!1 = !{{}}
+!2 = !{{!3, !4}}
+!3 = !{{i32 0, !"air.buffer", !"air.location_index", i32 0, i32 1, !"air.read_write", !"air.address_space", i32 1, !"air.arg_type_size", i32 1, !"air.arg_type_align_size", i32 1, !"air.arg_type_name", !"uchar", !"air.arg_name", !"flag"}}
+!4 = !{{i32 1, !"air.function_constant", !7, !"air.buffer", !"air.location_index", i32 9, i32 1, !"air.read_write", !"air.address_space", i32 1, !"air.arg_type_size", i32 4, !"air.arg_type_align_size", i32 4, !"air.arg_type_name", !"float", !"air.arg_name", !"out"}}
+!5 = !{{ptr addrspace(2) @absent, !"bool", !"absent", i32 3, i1 true}}
+!6 = !{{ptr addrspace(2) @scale, !"float", !"scale", i32 4, i1 true}}
+!7 = !{{ptr addrspace(2) @present, !"bool", !"present"}}
+"""  # noqa: E501
+
+
+class Text:
+    """A library of one kernel, as text."""
+
+    def __init__(self, kind: str = "float", volatile: str = "") -> None:
+        self.text = AIR.format(kind=kind, volatile=volatile)
+
+    def bitcode(self, name: str) -> bytes:
+        return self.text.encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "value"), [("float", np.float32, 0.1), ("half", np.float16, 0.1), ("i32", np.int32, -7)]
+)
+def test_function_constants_have_their_values(kind: str, dtype: Any, value: float) -> None:
+    library: Any = Text(kind)
+    outputs = {0: emulator.Output((1,), np.uint8), 9: emulator.Output((1,), dtype)}
+    with_both = air.load(library, "k", {"absent": False, 4: value})
+    assert set(with_both.signature.buffers) == {0, 9}
+    for mode in ("run", "check"):
+        buffers = emulator.launch(with_both, outputs, (1, 1, 1), (1, 1, 1), mode=mode).buffers
+        assert buffers[0][0] == 1
+        assert buffers[9][0] == dtype(value)
+    with_one = air.load(library, "k", {3: True, 4: value})
+    assert set(with_one.signature.buffers) == {0}
+    assert emulator.launch(with_one, {0: outputs[0]}, (1, 1, 1), (1, 1, 1)).buffers[0][0] == 0
+
+
+def test_arguments_are_known_when_compiled() -> None:
+    library: Any = Text(volatile="volatile")
+    with pytest.raises(ValueError, match="must decide its arguments when compiled, got @present at run time"):
+        air.load(library, "k", {3: True, 4: 1.0})
 
 
 def test_unknown_kernel_names_its_likes(metallib: Metallib) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import mlx_elementwise as elementwise
 import mlx_plain as plain
 import mlx_quantized as quantized
 import mlx_reductions as reductions
@@ -21,21 +22,29 @@ pytestmark = pytest.mark.skipif(
 
 
 KINDS = ("float", "float16_t", "bfloat16_t")
+ROWS = (5, 0, 17, 10)  # of each expert
 CASES: dict[str, Callable[[], Run]] = {}
 
 
 def add(make: Callable[..., Run], *arguments: Any) -> None:
-    CASES["-".join([make.__name__, *(str(a).replace(" ", "") for a in arguments)])] = lambda: make(*arguments)
+    CASES["-".join([make.__name__, *(str(a).replace(" ", "") for a in arguments if a != "")])] = lambda: make(
+        *arguments
+    )
 
 
 for kind in KINDS:
-    for bits in (2, 3, 4, 5, 6, 8):
-        add(quantized.gather_qmv, kind, bits, "affine", 16, 512)  # fast
-    add(quantized.gather_qmm_t, kind, 4, "affine", 33, 40, 128)  # parts of tiles
-    add(quantized.gather_qmm_rhs, kind, 4, "affine", (5, 0, 17, 10), 64, 128)
+    for mode, bits in [*(("affine", b) for b in (2, 3, 4, 5, 6, 8)), *((m, "") for m in quantized.FORMATS)]:
+        add(quantized.qmv, kind, bits, mode, 16, 512)  # fast
+        add(quantized.qmv, kind, bits, mode, 10, 192)  # with bounds
+        add(quantized.qmm_t, kind, bits, mode, 33, 40, 128)  # parts of tiles
+        add(quantized.gather_qmv, kind, bits, mode, 16, 512)
+        add(quantized.gather_qmv, kind, bits, mode, 10, 192)
+        add(quantized.gather_qmm_t, kind, bits, mode, 33, 40, 128)
+        add(quantized.gather_qmm_rhs, kind, bits, mode, ROWS, 64, 128)
     add(plain.steel_gemm, kind, 40, 33, 48)
-    add(plain.gather_mm_rhs, kind, (5, 0, 17, 10), 64, 48)
+    add(plain.gather_mm_rhs, kind, ROWS, 64, 48)
     add(plain.gemv, kind, 12, 700)
+    add(plain.gemv_gather, kind, 12, 700)
     add(plain.softmax, kind, 3, 700)
     add(plain.softmax, kind, 2, 5000)  # in a loop
     add(plain.logsumexp, kind, 3, 700)
@@ -43,53 +52,41 @@ for kind in KINDS:
     for operation in reductions.OPERATIONS:
         add(reductions.row_reduce, kind, operation, 6, 300)
         add(reductions.col_reduce_small, kind, operation, 7, 50)
-    add(reductions.all_reduce, kind, "Sum", 1000)
-    add(reductions.col_reduce_looped, kind, "Sum", 100, 70)
+        add(reductions.col_reduce_looped, kind, operation, 100, 70)
+        add(reductions.all_reduce, kind, operation, 1000)
+    add(reductions.row_reduce, kind, "Sum", 6, 3000)  # several simdgroups
+    for inclusive in (True, False):
+        for reverse in (False, True):
+            add(reductions.scan, kind, 2, 4096, inclusive, reverse)  # as many simdgroups as lanes
+            add(reductions.strided_scan, kind, 40, 50, inclusive, reverse)
+    for operation in reductions.SCANS:
+        add(reductions.scan, kind, 2, 4096, True, False, operation)
+        add(reductions.strided_scan, kind, 40, 50, True, False, operation)
     add(reductions.sort, kind, 3, 100, False)
     add(reductions.sort, kind, 2, 300, True)
     add(plain.gather, kind, 9, 40, 12)
-    add(plain.sdpa_vector, kind, 4, 2, 50, 64)
-    for name in plain.UNARY:
-        add(plain.unary, kind, name, 100)
-    for name in plain.BINARY:
-        add(plain.binary, kind, name, 100)
-for bits in (2, 3, 4, 5, 6, 8):
-    add(quantized.qmv, "float", bits, "affine", 16, 512)
-    add(quantized.gather_qmv, "float", bits, "affine", 10, 192)  # with bounds
-    add(quantized.gather_qmm_t, "float16_t", bits, "affine", 8, 32, 64)
-    add(quantized.gather_qmm_rhs, "float16_t", bits, "affine", (3, 9), 32, 64)
-for mode in quantized.FORMATS:
-    add(quantized.qmv, "float", 0, mode, 16, 512)
-    for kind in KINDS:
-        add(quantized.gather_qmv, kind, 0, mode, 16, 512)
-    add(quantized.gather_qmv, "float", 0, mode, 10, 192)
-    add(quantized.gather_qmm_t, "float16_t", 0, mode, 33, 40, 128)
-    add(quantized.gather_qmm_rhs, "float16_t", 0, mode, (5, 0, 17, 10), 64, 128)
-for inclusive in (True, False):
-    for reverse in (True, False):
-        add(reductions.scan, "float", 2, 4096, inclusive, reverse)  # as many simdgroups as lanes
-add(reductions.strided_scan, "float", 40, 50)
-add(reductions.row_reduce, "float", "Sum", 6, 3000)
+    for extra in ("", "bool", "float", "sinks"):
+        add(plain.sdpa_vector, kind, 4, 2, 50, 64, extra)
+    for name in elementwise.UNARY:
+        add(elementwise.unary, kind, name, 100)
+    for name in elementwise.BINARY:
+        add(elementwise.binary, kind, name, 100)
+    for name in elementwise.COMPARISONS:
+        add(elementwise.comparison, kind, name, 100)
+    for source in KINDS:
+        add(elementwise.cast, source, kind, 100)
 
 
-# Of kernels that differ in their element type only, bfloat; the rest is in the whole matrix.
-ALIKE = (
-    "unary",
-    "binary",
-    "row_reduce",
-    "col_reduce_small",
-    "logsumexp",
-    "gather_mm_rhs",
-    "sort",
-    "gemv",
-    "gather-",
-)
+def quick(name: str) -> bool:
+    """Kernels of one template differ in type and width: bfloat, at 4 bits, is enough for every day."""
+    make, kind, *rest = name.split("-")
+    if hasattr(quantized, make) and rest[0] not in ("4", *quantized.FORMATS):
+        return kind == "float16_t" and make in ("gather_qmv", "gather_qmm_rhs")
+    return kind == "bfloat16_t" or make in ("steel_gemm", "softmax", "sdpa_vector")
 
 
 def some(name: str) -> Any:
-    return pytest.param(
-        name, marks=pytest.mark.slow if name.startswith(ALIKE) and "bfloat" not in name else ()
-    )
+    return pytest.param(name, marks=() if quick(name) else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [some(name) for name in CASES])

@@ -1,31 +1,25 @@
 """Launching what Apple's compiler made: AIR from a ``.metallib``, compiled for the host.
 
 AIR is LLVM IR: address spaces, metadata that describes the kernel's arguments, and ``air.*`` functions. It
-    goes
-through the same stages as translated sources, so it runs in check mode too; there are no lines to show.
+goes through the same stages as translated sources, so it runs in check mode too; there are no lines to show.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import cache, contraction, pipeline
 from .air_intrinsics import lower
+from .air_metadata import Constants, signature, with_constants
 from .compile import Kernel, store
-from .ir import Module, leading_type, split_top
+from .ir import Module, leading_type
 from .metallib import Metallib
-from .reflect import BUILTINS, Parameter, Signature
+from .reflect import BUILTINS, Signature
 from .toolchain import must, toolchain
 
-_NODE = re.compile(r"^!(\d+) = (?:distinct )?!\{(.*)\}$", re.MULTILINE)
-_SPACES = {1: "device", 2: "constant", 3: "threadgroup"}
 
-
-def load(
-    library: Metallib, name: str, function_constants: Mapping[int | str, bool | int] | None = None
-) -> Kernel:
+def load(library: Metallib, name: str, function_constants: Constants | None = None) -> Kernel:
     """The kernel ``name`` of a Metal library, to be launched as a compiled one.
 
     Args:
@@ -40,22 +34,15 @@ def load(
     constants = dict(function_constants or {})
 
     def make(folder: Path) -> None:
-        disassemble = [
-            *toolchain().clang,
-            *toolchain().target,
-            "-x",
-            "ir",
-            "-S",
-            "-emit-llvm",
-            "-Wno-override-module",
-        ]
+        disassemble = [*toolchain().clang, *toolchain().target]
+        disassemble += ["-x", "ir", "-S", "-emit-llvm", "-Wno-override-module"]
         raw = folder / "kernel.air"
         raw.write_bytes(bitcode)
         text = must([*disassemble, "-Xclang", "-disable-llvm-passes", str(raw), "-o", "-"])
-        text = _with_constants(text, name, constants)
-        signature, types = _signature(text, name)
-        ir = contraction.contract(threadgroup_variables(lower(_host(text))) + _entry(signature, types))
-        store(folder, ir, signature, [str(_library())])
+        text = with_constants(text, name, constants)
+        lowered = threadgroup_variables(lower(_host(text)))
+        taken, types = signature(text, name, lambda: pipeline.optimise(lowered, "-O1"))
+        store(folder, contraction.contract(lowered + _entry(taken, types)), taken, [str(_library())])
 
     return Kernel(
         name, cache.entry(cache.key("air", bitcode, name, sorted(constants.items(), key=repr)), make)
@@ -75,29 +62,10 @@ def _host(text: str) -> str:
     """IR that the host's code generator takes."""
     text = re.sub(r"^@llvm\.global_ctors = appending global \[0 x .*$", "", text, flags=re.MULTILINE)
     text = re.sub(r' section "air\.[\w.]+"|, section "air\.[\w.]+"', "", text)
-    return re.sub(r'"air-[\w-]+"(?:="[^"]*")?', "", text)
-
-
-def _with_constants(text: str, name: str, values: Mapping[int | str, bool | int]) -> str:
-    """Function constants are globals that the driver would fill in; a constructor copies them when loaded."""
-    nodes = _nodes(text)
-    listed = re.search(r"^!air\.function_constants = !\{(.*)\}$", text, re.MULTILINE)
-    for node in re.findall(r"!(\d+)", listed[1]) if listed else ():
-        variable, _, constant, index = nodes[node][:4]
-        number, constant = int(index.split()[-1]), constant[2:-1]
-        value = values.get(number, values.get(constant))
-        if value is None:
-            raise ValueError(
-                f"[air] {name} needs the function constant {constant} ({number}), got {dict(values)}."
-            )
-        variable = re.escape(variable.split()[-1])
-        text = re.sub(
-            rf"^({variable} = .*?)externally_initialized (constant \w+) undef",
-            rf"\g<1>\g<2> {int(value)}",
-            text,
-            flags=re.MULTILINE,
-        )
-    return text
+    text = re.sub(r'"air-[\w-]+"(?:="[^"]*")?', "", text)
+    # As in pipeline.py: a launch decides.
+    decided = r'\1 "denormal-fp-math"="dynamic,dynamic"'
+    return re.sub(r"^(attributes #\d+ = \{)", decided, text, flags=re.MULTILINE)
 
 
 _SHARED = re.compile(r"^(@[\w.$-]+|@\"[^\"]+\") = .*addrspace\(3\) global (.+)$")
@@ -162,68 +130,11 @@ def _from_runtime(
         line = line[: found.start()] + value + line[found.end() :]
 
 
-def _nodes(text: str) -> dict[str, list[str]]:
-    return {found[1]: split_top(found[2]) for found in _NODE.finditer(text)}
-
-
-def _signature(text: str, name: str) -> tuple[Signature, list[str]]:
-    """What the metadata says of the arguments, and their IR types."""
-    nodes = _nodes(text)
-    kernels = re.search(r"^!air\.kernel = !\{!(\d+)", text, re.MULTILINE)
-    if not kernels:
-        raise ValueError(f"[air] {name} must be a kernel: it has no !air.kernel.")
-    function, _, arguments = nodes[kernels[1]][:3]
-    define = re.search(
-        rf"^define[^@]*{re.escape(function.split()[-1])}\((.*?)\)(?: [^)]*)?{{$", text, re.MULTILINE
-    )
-    if not define:
-        raise ValueError(f"[air] {name} must have a body.")
-    types = [_parameter_type(parameter) for parameter in split_top(define[1])] if define[1] else []
-    parameters = [_parameter(nodes[node.lstrip("!")]) for node in nodes[arguments.lstrip("!")] if node]
-    return Signature(name, function.split()[-1], tuple(parameters)), types
-
-
-def _parameter_type(text: str) -> str:
-    if text.startswith("ptr"):
-        return " ".join(text.split()[:2]) if "addrspace" in text else "ptr"
-    return text[: text.index(">") + 1] if text.startswith("<") else text.split()[0]
-
-
-def _strings(node: list[str]) -> Iterator[str]:
-    for value in node:
-        if value.startswith('!"'):
-            yield value[2:-1]
-
-
-def _parameter(node: list[str]) -> Parameter:
-    def after(key: str) -> int:
-        at = node.index(f'!"{key}"')
-        return int(node[at + 1].split()[-1])
-
-    strings = list(_strings(node))
-    name = node[node.index('!"air.arg_name"') + 1][2:-1] if '!"air.arg_name"' in node else ""
-    kind = strings[0].removeprefix("air.")
-    if kind in ("buffer", "indirect_buffer"):
-        space = after("air.address_space")
-        return Parameter(
-            name,
-            "threadgroup" if space == 3 else "buffer",
-            after("air.location_index"),
-            space=_SPACES.get(space, ""),
-            element_bytes=after("air.arg_type_size"),
-            alignment=after("air.arg_type_align_size"),
-            writable="air.read_write" in strings or "air.write" in strings,
-        )
-    if kind not in BUILTINS:
-        raise ValueError(f"[air] arguments must be buffers or positions, got {strings[0]}.")
-    return Parameter(name, "builtin", attribute=kind)
-
-
-def _entry(signature: Signature, types: list[str]) -> str:
+def _entry(taken: Signature, types: list[str]) -> str:
     """``msl_entry``, which calls the kernel with what a launch brings."""
     order = list(BUILTINS)
     lines, passed = [], []
-    for i, (parameter, kind) in enumerate(zip(signature.parameters, types, strict=True)):
+    for i, (parameter, kind) in enumerate(zip(taken.parameters, types, strict=True)):
         if parameter.kind == "builtin":
             at = 16 * order.index(parameter.attribute)
             lines.append(f"  %p{i} = getelementptr i8, ptr %context, i64 {at}")
@@ -237,7 +148,7 @@ def _entry(signature: Signature, types: list[str]) -> str:
             lines.append(f"  %w{i} = load ptr, ptr %p{i}, align 8")
             lines.append(f"  %a{i} = addrspacecast ptr %w{i} to {kind}")
         passed.append(f"{kind} %a{i}")
-    lines.append(f"  call void {signature.call}({', '.join(passed)})")
+    lines.append(f"  call void {taken.call}({', '.join(passed)})")
     return (
         "\ndefine void @msl_entry(ptr %arguments, ptr %context) {\n" + "\n".join(lines) + "\n  ret void\n}\n"
     )
