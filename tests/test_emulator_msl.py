@@ -6,6 +6,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -358,3 +359,17 @@ def test_touched_headers_of_the_library_change_nothing() -> None:
     header = Path(emulator.__file__).parent / "msl" / "types.h"
     os.utime(header)
     assert run("out[i] = 6.5f;", (1, np.float32), threads=1).tolist() == [6.5]
+
+
+def test_half_and_bfloat_convert_into_each_other_in_templates() -> None:
+    header = """
+template <typename U, typename T>
+U to(T x) { return static_cast<U>(x); }
+template <typename U, typename T>
+U element(const device T* x, uint i) { return static_cast<U>(x[i]); }
+"""
+    a = halves(3, THREADS)
+    body = "bfloat b = element<bfloat>(a, i); out[i] = b == bfloat(a[i]) ? as_type<ushort>(to<half>(b)) : 1;"
+    got = run(body, (THREADS, np.uint16), a, header=header, result="ushort")
+    rounded = mx.array(a.astype(np.float32)).astype(mx.bfloat16).astype(mx.float32)
+    np.testing.assert_array_equal(got, np.array(rounded).astype(np.float16).view(np.uint16))

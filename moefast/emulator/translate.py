@@ -113,8 +113,31 @@ class _Translator:
             and self.tokens[i - 1].text not in ("operator", ".", "->", "~")
         ):
             self.edits.replace(self.tokens[i].start, self.tokens[i].end, _NARROW[text])
-        elif text == "static_cast" and self.tokens[i + 2].text in _NARROW and self.tokens[i + 3].text == ">":
-            self.edits.replace(self.tokens[i].start, self.tokens[i + 3].end, _NARROW[self.tokens[i + 2].text])
+        elif text == "static_cast" and self.tokens[i + 3].text == ">":
+            self._static_cast(i)
+
+    def _static_cast(self, i: int) -> None:
+        """Half and bfloat, which a template's types may be, convert into each other by way of float."""
+        tokens = self.tokens
+        target = tokens[i + 2].text
+        if target in _NARROW:
+            self.edits.replace(tokens[i].start, tokens[i + 3].end, _NARROW[target])
+            return
+        closing = self.source.closing(i + 4)
+        if tokens[i + 2].kind != "name" or not self._is_place(i + 5, closing):
+            return
+        value = self.source.text[tokens[i + 4].end : tokens[closing].start]
+        if "\n" not in value:
+            step = f"static_cast<decltype(msl_cast_step<{target}>({value}))>("
+            self.edits.replace(tokens[i + 4].end, tokens[i + 4].end, step)
+            self.edits.replace(tokens[closing].start, tokens[closing].start, ")")
+
+    def _is_place(self, first: int, end: int) -> bool:
+        """A variable, its member or its element: it may be written twice."""
+        return first < end and all(
+            token.kind in ("name", "number") or token.text in (".", "->", "[", "]", "+", "*")
+            for token in self.tokens[first:end]
+        )
 
     def _vector_template(self, i: int) -> None:
         closing = self.source.closing(i + 1)

@@ -294,3 +294,20 @@ MSL_LIMITS(bfloat, 8, 1.175494351e-38f, 3.38953139e+38f, 7.8125e-3f)
 #undef MSL_LIMITS
 
 }  // namespace metal
+
+// The type by way of which a T becomes a U: T itself, but float between half and bfloat. Never
+// called; translate.py asks for its type.
+template <typename U, typename T>
+struct msl_step {
+  typedef T type;
+};
+template <>
+struct msl_step<bfloat, half> {
+  typedef float type;
+};
+template <>
+struct msl_step<half, bfloat> {
+  typedef float type;
+};
+template <typename U, typename T>
+typename msl_step<U, T>::type msl_cast_step(T);
