@@ -44,12 +44,16 @@ test-all: $(STAMP)  ## run the test suite, slow tests included
 include csrc/checks.mk  # test-asan, test-tsan, test-neon
 
 # Not installed: the wheel is for another system. Its kernels are what MLX's developers compiled with Apple's
-# compiler; tests that compare the emulator with them skip without it.
+# compiler; tests that compare the emulator with them skip without it. Fetched again when MLX is another.
 oracle: $(STAMP)  ## fetch Apple-compiled kernels: the macOS wheel of the installed MLX (45 MB)
-	mkdir -p build/oracle
-	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 \
-	  --dest build/oracle "mlx-metal==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("mlx"))')"
-	$(BIN)/python -m zipfile --extract build/oracle/mlx_metal-*.whl build/oracle
+	@version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("mlx"))'); \
+	if [ ! -f build/oracle/mlx/lib/mlx.metallib ] || [ ! -d build/oracle/mlx_metal-$$version.dist-info ]; then \
+	  rm -rf build/oracle && mkdir -p build/oracle && \
+	  $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 \
+	    --dest build/oracle "mlx-metal==$$version" && \
+	  $(BIN)/python -m zipfile --extract build/oracle/mlx_metal-*.whl build/oracle && \
+	  rm build/oracle/mlx_metal-*.whl; \
+	fi
 
 lint: $(STAMP)  ## check style and types: ruff, mypy, clang-format
 	$(BIN)/ruff check
