@@ -25,7 +25,7 @@ from moefast import (
     route,
     switch_glu,
 )
-from moefast.backends.native import dtypes
+from moefast.backends import dtypes
 from moefast.testing import assert_close
 from moefast.weights import dtype_name
 

@@ -7,10 +7,8 @@ NumPy views of evaluated arrays (:mod:`.through_numpy`): correct, slower for sma
 
 ===============  ================================================
 :mod:`.loading`  which of the two can be used here, and why not
-:mod:`.dtypes`   the dtype of each operation's output
 :mod:`.refusals` what the kernels do not take
 :mod:`.plans`    from a problem to a callable
-:mod:`.flat`     arrays in a row, and the reference on them
 ===============  ================================================
 """
 

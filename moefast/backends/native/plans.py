@@ -12,8 +12,8 @@ from ...registry import Bound, Problem
 from ...routing import Routing
 from ...specs import RouterSpec
 from ...weights import ExpertWeights, Layout, Projection, SharedExpert, dtype_name
-from . import dtypes
-from .flat import arrays_of, multiplied, reference_of, rounded
+from .. import dtypes
+from ..flat import arrays_of, multiplied, reference_of, rounded
 from .loading import bindings
 
 # What a layer does between its products. These need no plan: they take what the reference takes. Through

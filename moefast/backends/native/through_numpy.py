@@ -16,15 +16,11 @@ import numpy as np
 from ...env import settings
 from ...errors import refuse
 from ...registry import Problem
-from ...routing import Routing
-from ...specs import RouterSpec
-from ...weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert, dtype_name
+from ...weights import ExpertLayout, Layout, dtype_name
+from .. import dtypes
+from ..differentiable import differentiable
 from ..reference import REFERENCE
-from . import dtypes
-from .flat import DIFFERENTIABLE, arrays_of, present, reference_of, roles, rounded
 from .loading import bindings
-
-Flat = Callable[..., list[mx.array]]
 
 
 @lru_cache(maxsize=1)
@@ -37,76 +33,7 @@ def bind(problem: Problem) -> Callable[..., Any]:
     """The callable for a problem, with the signature of the reference's function."""
     if problem.op == "attention":
         return _attention
-    flat = _differentiable(problem)
-
-    def matmul(x: mx.array, weight: Projection) -> mx.array:
-        return flat(x, *arrays_of(weight))[0]
-
-    def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
-        return flat(x, indices, *arrays_of(weights))[0]
-
-    def experts(
-        x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
-    ) -> mx.array:
-        mix = rounded(routing.weights, combine_dtype)
-        return flat(x, routing.indices, mix, *arrays_of(weights))[0]
-
-    def route(logits: mx.array, spec: RouterSpec, bias: mx.array | None, scale: mx.array | None) -> Routing:
-        indices, weights = flat(logits, *present(bias, scale))
-        return Routing(mx.stop_gradient(indices), weights)
-
-    def moe(
-        x: mx.array,
-        logits: mx.array,
-        spec: RouterSpec,
-        weights: ExpertWeights,
-        bias: mx.array | None,
-        scale: mx.array | None,
-        shared: SharedExpert | None,
-        combine_dtype: mx.Dtype | None,
-    ) -> mx.array:
-        others = [] if shared is None else arrays_of(shared)
-        return flat(x, logits, *present(bias, scale), *arrays_of(weights), *others)[0]
-
-    of_op: dict[str, Callable[..., Any]] = {
-        "quantized_matmul": matmul,
-        "switch_glu": switch_glu,
-        "experts": experts,
-        "route": route,
-        "moe": moe,
-    }
-    return of_op[problem.op]
-
-
-def _differentiable(problem: Problem) -> Flat:
-    """The kernels on a flat list of arrays, with the reference's derivatives."""
-    again = reference_of(problem.op, problem.details)
-    chosen = [i for i, role in enumerate(roles(problem.op, problem.details)) if role == DIFFERENTIABLE]
-
-    @mx.custom_function
-    def flat(*arrays: mx.array) -> list[mx.array]:
-        return _eager(problem, arrays)
-
-    @flat.vjp
-    def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        if isinstance(primals, mx.array):  # of a function of one argument
-            return vjp_of((primals,), cotangents, outputs)[0]
-        return vjp_of(primals, cotangents, outputs)
-
-    def vjp_of(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        def of_chosen(*some: mx.array) -> list[mx.array]:
-            arrays = list(primals)
-            for i, array in zip(chosen, some, strict=True):
-                arrays[i] = array
-            # Of a router the weights alone: its choice is constant.
-            return again([*arrays, outputs[0]] if problem.op == "route" else arrays)
-
-        _, slopes = mx.vjp(of_chosen, [primals[i] for i in chosen], [cotangents[-1]])
-        found = dict(zip(chosen, slopes, strict=True))
-        return tuple(found[i] if i in found else mx.zeros_like(a) for i, a in enumerate(primals))
-
-    kernels: Flat = flat  # type: ignore[assignment]  # custom_function's call is typed to return object
-    return kernels
+    return differentiable(problem, lambda arrays: _eager(problem, arrays))
 
 
 def _eager(problem: Problem, arrays: tuple[mx.array, ...]) -> list[mx.array]:
@@ -166,7 +93,7 @@ def _attention_of(scale: float, causal: bool) -> Callable[..., mx.array]:
 
         return tuple(mx.vjp(again, list(primals), [cotangent])[1])
 
-    kernel: Callable[..., mx.array] = attention  # type: ignore[assignment]  # see _differentiable
+    kernel: Callable[..., mx.array] = attention  # type: ignore[assignment]  # custom_function's call is typed to return object
     return kernel
 
 

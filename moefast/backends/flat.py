@@ -1,4 +1,4 @@
-"""The arrays of a call as a flat list, and the reference on that list.
+"""The arrays of a call as a flat list, the arguments they stand for, and the reference on that list.
 
 The order is that of ``csrc/mlx/plan.h``: the operation's own arrays as far as they are there, then those of
 the weights, projection by projection (gate, up, down; then the shared expert's, and its output gate).
@@ -11,10 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...routing import Routing
-from ...weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert, SharedLayout
-from ..reference import REFERENCE
-from ..reference.route import weigh
+from ..routing import Routing
+from ..weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert, SharedLayout
+from .reference import REFERENCE
+from .reference.route import weigh
 
 Reference = Callable[[list[mx.array]], list[mx.array]]
 
@@ -84,19 +84,20 @@ def reference_of(op: str, details: tuple[Any, ...]) -> Reference:
 
         def weights(arrays: list[mx.array]) -> list[mx.array]:
             rest = iter(arrays)
-            logits, spec, bias, scale = _arguments(op, details, rest)
+            logits, spec, bias, scale = arguments_of(op, details, rest)
             return [weigh(logits, spec, bias, scale, next(rest))]
 
         return weights
     run = REFERENCE.kernels[op].run
 
     def again(arrays: list[mx.array]) -> list[mx.array]:
-        return [run(*_arguments(op, details, iter(arrays)))]
+        return [run(*arguments_of(op, details, iter(arrays)))]
 
     return again
 
 
-def _arguments(op: str, details: tuple[Any, ...], rest: Iterator[mx.array]) -> tuple[Any, ...]:
+def arguments_of(op: str, details: tuple[Any, ...], rest: Iterator[mx.array]) -> tuple[Any, ...]:
+    """The arguments of the reference's function that ``rest`` is the flat list of."""
     first = next(rest)
     if op == "quantized_matmul":
         return first, _projection(details[0], rest)

@@ -5,8 +5,8 @@ Dtypes are words (``bfloat16``). Of two different floats MLX makes float32, whic
 
 from __future__ import annotations
 
-from ...specs import RouterSpec
-from ...weights import ExpertLayout, Layout, SharedLayout, dtype_name
+from ..specs import RouterSpec
+from ..weights import ExpertLayout, Layout, SharedLayout, dtype_name
 
 # Activations that compute in float32 and round to the dtype of the up projection.
 _ROUNDED_TO_UP = ("swiglu_clamped", "situ")

@@ -1,0 +1,121 @@
+"""Kernels without derivatives of their own: they get the reference's.
+
+MLX gives no way to see that a gradient is being taken, so the kernels stand in an ``mx.custom_function``
+whose derivative recomputes the reference on the flat list of the call's arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..registry import Problem
+from ..routing import Routing
+from ..specs import RouterSpec
+from ..weights import ExpertWeights, Projection, SharedExpert
+from .flat import DIFFERENTIABLE, arrays_of, present, reference_of, roles, rounded
+
+Flat = Callable[..., list[mx.array]]
+
+
+def differentiable(
+    problem: Problem, run: Callable[[tuple[mx.array, ...]], list[mx.array]]
+) -> Callable[..., Any]:
+    """``run`` on the flat list of a call's arrays, as a function with the reference's signature and
+    derivatives.
+
+    Args:
+        problem: of an operation with experts or of a router.
+        run: gives the results: one array, of ``route`` the indices and the weights.
+    """
+    return _SIGNATURES[problem.op](_with_derivatives(problem, run))
+
+
+def _with_derivatives(problem: Problem, run: Callable[[tuple[mx.array, ...]], list[mx.array]]) -> Flat:
+    again = reference_of(problem.op, problem.details)
+    chosen = [i for i, role in enumerate(roles(problem.op, problem.details)) if role == DIFFERENTIABLE]
+
+    @mx.custom_function
+    def flat(*arrays: mx.array) -> list[mx.array]:
+        return run(arrays)
+
+    @flat.vjp
+    def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        if isinstance(primals, mx.array):  # of a function of one argument
+            return vjp_of((primals,), cotangents, outputs)[0]
+        return vjp_of(primals, cotangents, outputs)
+
+    def vjp_of(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        def of_chosen(*some: mx.array) -> list[mx.array]:
+            arrays = list(primals)
+            for i, array in zip(chosen, some, strict=True):
+                arrays[i] = array
+            # Of a router the weights alone: its choice is constant.
+            return again([*arrays, outputs[0]] if problem.op == "route" else arrays)
+
+        _, slopes = mx.vjp(of_chosen, [primals[i] for i in chosen], [cotangents[-1]])
+        found = dict(zip(chosen, slopes, strict=True))
+        return tuple(found[i] if i in found else mx.zeros_like(a) for i, a in enumerate(primals))
+
+    kernels: Flat = flat  # type: ignore[assignment]  # custom_function's call is typed to return object
+    return kernels
+
+
+def _matmul(flat: Flat) -> Callable[..., mx.array]:
+    def matmul(x: mx.array, weight: Projection) -> mx.array:
+        return flat(x, *arrays_of(weight))[0]
+
+    return matmul
+
+
+def _switch_glu(flat: Flat) -> Callable[..., mx.array]:
+    def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+        return flat(x, indices, *arrays_of(weights))[0]
+
+    return switch_glu
+
+
+def _experts(flat: Flat) -> Callable[..., mx.array]:
+    def experts(
+        x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
+    ) -> mx.array:
+        mix = rounded(routing.weights, combine_dtype)
+        return flat(x, routing.indices, mix, *arrays_of(weights))[0]
+
+    return experts
+
+
+def _route(flat: Flat) -> Callable[..., Routing]:
+    def route(logits: mx.array, spec: RouterSpec, bias: mx.array | None, scale: mx.array | None) -> Routing:
+        indices, weights = flat(logits, *present(bias, scale))
+        return Routing(mx.stop_gradient(indices), weights)
+
+    return route
+
+
+def _moe(flat: Flat) -> Callable[..., mx.array]:
+    def moe(
+        x: mx.array,
+        logits: mx.array,
+        spec: RouterSpec,
+        weights: ExpertWeights,
+        bias: mx.array | None,
+        scale: mx.array | None,
+        shared: SharedExpert | None,
+        combine_dtype: mx.Dtype | None,
+    ) -> mx.array:
+        others = [] if shared is None else arrays_of(shared)
+        return flat(x, logits, *present(bias, scale), *arrays_of(weights), *others)[0]
+
+    return moe
+
+
+_SIGNATURES: dict[str, Callable[[Flat], Callable[..., Any]]] = {
+    "quantized_matmul": _matmul,
+    "switch_glu": _switch_glu,
+    "experts": _experts,
+    "route": _route,
+    "moe": _moe,
+}
