@@ -79,16 +79,28 @@ class Bound(NamedTuple):
     of_layers: Callable[..., Any] | None = None
 
 
+class Declined(Exception):  # noqa: N818 (it is no error: another backend may take the call)
+    """Raised by a kernel that sees from the arrays, not from the problem, that it cannot run this call. Its
+    text is the reason."""
+
+
 def _always(problem: Problem) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of one operation. ``why_not`` gives a reason to refuse a problem, or None."""
+    """One implementation of one operation.
+
+    Attributes:
+        run: the operation, with the arguments of the reference's function.
+        why_not: gives a reason to refuse a problem, or None.
+        may_decline: ``run`` may raise :class:`Declined`.
+    """
 
     run: Callable[..., Any]
     why_not: Callable[[Problem], str | None] = _always
+    may_decline: bool = False
 
     def bind(self, problem: Problem) -> Bound:
         """What runs ``problem``."""
@@ -198,13 +210,35 @@ class Registry:
         taker, refused = self.ask(problem, self.check(backend))
         if taker is None:
             refuse(problem.op, f"backend {backend!r} must be able to run {problem}", refused)
-        bound = taker.kernels[problem.op].bind(problem)
-        choice = Choice(taker.name, bound.run, refused, bound.of_layers)
+        kernel = taker.kernels[problem.op]
+        bound = kernel.bind(problem)
+        run = self._or_another(problem, backend, taker.name, bound.run) if kernel.may_decline else bound.run
+        choice = Choice(taker.name, run, refused, bound.of_layers)
         self._choices[problem, backend] = choice
         about = f"{problem.op} ({problem.phase}, {problem.dtype}, {problem.device})"
         log.info("%s: %s%s", about, taker.name, f", not {refused}" if refused else "")
         log.debug("%s", problem)
         return choice
+
+    def _or_another(
+        self, problem: Problem, backend: str, name: str, run: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """``run``, or where that declines a call: what runs it instead."""
+
+        def run_or_another(*arguments: Any) -> Any:
+            try:
+                return run(*arguments)
+            except Declined as declined:
+                reason = str(declined)
+            for other in self.backends:
+                if backend == "auto" and other.name != name and other.why_not(problem) is None:
+                    log.info(
+                        "%s (%s): %s, %s declined: %s", problem.op, problem.phase, other.name, name, reason
+                    )
+                    return other.kernels[problem.op].bind(problem).run(*arguments)
+            refuse(problem.op, f"backend {backend!r} must be able to run {problem}", {name: reason})
+
+        return run_or_another
 
     def choices(self) -> list[tuple[Problem, Choice]]:
         """Every choice made so far: what ``moefast generate`` and ``MOEFAST_LOG`` report."""

@@ -18,7 +18,7 @@ import moefast
 from moefast import Projection, quantized_matmul, use_backend
 from moefast.backends import registry as the_registry
 from moefast.env import Settings
-from moefast.registry import Backend, Kernel, Problem, Registry, phase_of
+from moefast.registry import Backend, Declined, Kernel, Problem, Registry, phase_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,6 +64,33 @@ def test_auto_falls_back_and_remembers_why() -> None:
     assert choice.run() == "slow"
     assert choice.refused == {"gone": "no device", "picky": "top_k=9 > 8"}
     assert registry.choices() == [(problem(), choice)]
+
+
+def choosy() -> Backend:
+    """Takes every problem, but even numbers only."""
+
+    def run(number: int) -> str:
+        if number % 2:
+            raise Declined(f"{number} is odd")
+        return "choosy"
+
+    return Backend("choosy", {"route": Kernel(run, may_decline=True)})
+
+
+def test_a_kernel_that_declines_a_call_leaves_it_to_the_next() -> None:
+    anything = Backend("anything", {"route": Kernel(lambda number: "anything")})
+    registry = Registry((choosy(), Fake("picky", refusal="no").backend, anything))
+    registry.set_default("auto")
+    run = registry.choose(problem()).run
+    assert [run(number) for number in (2, 3, 4)] == ["choosy", "anything", "choosy"]
+
+
+def test_a_named_backend_that_declines_a_call_raises_its_reason() -> None:
+    registry = Registry((choosy(), Fake("anything").backend))
+    run = registry.choose(problem(), "choosy").run
+    assert run(2) == "choosy"
+    with pytest.raises(ValueError, match=r"\[route\] backend 'choosy' must be able to run .*3 is odd"):
+        run(3)
 
 
 def test_a_named_backend_runs_though_a_faster_one_could() -> None:
