@@ -20,6 +20,7 @@ THREADS = 64
 
 KERNEL = """#include <metal_stdlib>
 using namespace metal;
+constant float table[4] = {1, 2, 3, 4};
 [[kernel]] void probe(device float* out [[buffer(0)]], const device float* x [[buffer(1)]],
                       device float* scratch [[buffer(2)]], device atomic_uint* tally [[buffer(3)]],
                       uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]],
@@ -60,6 +61,7 @@ for (uint k = 0; k < 4; k++) {{
 }}
 out[i] = sum;"""
 
+ADD = "atomic_fetch_add_explicit(tally, 1u, memory_order_relaxed);"
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 
 BUGS = {
@@ -169,6 +171,137 @@ BUGS = {
         groups=2,
         buffer="tally",
     ),
+    "atomic and plain write": Bug(
+        "device-race",
+        f"{ADD}\nif (t == 5) ((device uint*)tally)[0] = 7u;",
+        f"{ADD}\nif (t == 5) ((device uint*)tally)[1] = 7u;",
+        "= 7u",
+        buffer="tally",
+    ),
+    "atomic after another threadgroup's plain read": Bug(
+        "device-race",
+        f"if (group == 0) {{ out[i] = ((device uint*)tally)[0];\n}} else {{ out[i] = 0; {ADD} }}",
+        f"if (group == 0) {{ out[i] = ((device uint*)tally)[1];\n}} else {{ out[i] = 0; {ADD} }}",
+        "atomic_fetch_add",
+        groups=2,
+        buffer="tally",
+    ),
+    "vectors that overlap": Bug(
+        "threadgroup-race",
+        f"threadgroup float s[128];\nif (t < 32) *(threadgroup float4*)(s + 4 * t) = float4(1);\n"
+        f"else s[(t - 32) * 4 + 3] = 2;\n{BARRIER} out[i] = s[t];",
+        f"threadgroup float s[132];\nif (t < 32) *(threadgroup float4*)(s + 4 * t) = float4(1);\n"
+        f"else s[128 + t % 4] = 2;\n{BARRIER} out[i] = s[t];",
+        "(t - 32) * 4 + 3",
+    ),
+    "simd operation is no barrier": Bug(
+        "threadgroup-race",
+        "threadgroup float s[64]; s[t] = x[i];\nfloat v = simd_sum(x[i]);\nout[i] = v + s[t ^ 1];",
+        "threadgroup float s[64]; s[t] = x[i];\nfloat v = simd_sum(x[i]);\n"
+        f"{SIMD_BARRIER} out[i] = v + s[t ^ 1];",
+        "s[t ^ 1]",
+    ),
+    "written by way of a cast": Bug(
+        "read-only-write",
+        "((device float*)x)[i] = 1; out[i] = 0;",
+        "scratch[i] = 1; out[i] = 0;",
+        "((device float*)x)",
+        buffer="x",
+    ),
+    "index that wrapped": Bug(
+        "device-read-out-of-bounds",
+        "out[i] = x[i - 1];",
+        "out[i] = x[max(i, 1u) - 1];",
+        "x[i - 1]",
+        buffer="x",
+    ),
+    "vector index that wrapped": Bug(
+        "device-read-out-of-bounds",
+        "out[i] = ((const device float4*)x)[i / 64 - 1].x;",
+        "out[i] = ((const device float4*)x)[i / 64].x;",
+        "i / 64 - 1",
+        buffer="x",
+    ),
+    "constant read outside": Bug(
+        "wild-access",
+        "constant float* c = table;\nout[i] = c[t];",
+        "constant float* c = table;\nout[i] = c[t % 4];",
+        "c[t]",
+    ),
+    "output read where another lane of the vector was written": Bug(
+        "device-uninitialised",
+        "scratch[4 * (t / 4)] = 1;\n"
+        "if (t % 4 == 0) out[i] = ((device float4*)scratch)[t / 4].w; else out[i] = 0;",
+        "scratch[t] = 1;\nthreadgroup_barrier(mem_flags::mem_device);\n"
+        "if (t % 4 == 0) out[i] = ((device float4*)scratch)[t / 4].w; else out[i] = 0;",
+        "float4",
+        buffer="scratch",
+    ),
+    "misaligned threadgroup vector": Bug(
+        "misaligned",
+        f"threadgroup float s[68]; s[t] = 1; if (t < 4) s[64 + t] = 1;\n{BARRIER}\n"
+        "out[i] = ((threadgroup float4*)(s + 1))[t / 4].x;",
+        f"threadgroup float s[68]; s[t] = 1; if (t < 4) s[64 + t] = 1;\n{BARRIER}\n"
+        "out[i] = ((threadgroup packed_float4*)(s + 1))[t / 4][0];",
+        "s + 1",
+    ),
+    "misaligned member": Bug(
+        "misaligned",
+        "struct S { float a; float4 b; };\n"
+        "out[i] = t < 6 ? dot(((const device S*)(x + 1))[t].b, float4(1)) : 0;",
+        "struct S { float a; packed_float4 b; };\nout[i] = t < 6 ? ((const device S*)(x + 1))[t].b[1] : 0;",
+        "((const device S*)",
+    ),
+    "misaligned structure": Bug(
+        "misaligned",
+        "struct S { float4 a[3]; };\n((device S*)(scratch + 1))[t % 2] = *(const device S*)x; out[i] = 0;",
+        "struct S { float4 a[3]; };\n((device S*)scratch)[t % 2] = *(const device S*)x; out[i] = 0;",
+        "device S*",
+    ),
+    "barriers in two branches that differ in nothing else": Bug(
+        "barrier-divergence",
+        f"if (t < 32) {{ {BARRIER}\n}} else {{ {BARRIER}\n}}\nout[i] = x[i];",
+        f"{BARRIER} out[i] = x[i];",
+        BARRIER,
+    ),
+    "barrier in a loop of different lengths": Bug(
+        "barrier-divergence",
+        f"for (uint k = 0; k < 1 + t / 32; k++) {{\n  {BARRIER}\n}} out[i] = x[i];",
+        f"for (uint k = 0; k < 2; k++) {{\n  {BARRIER}\n}} out[i] = x[i];",
+        BARRIER,
+    ),
+    "barrier after a return": Bug(
+        "barrier-divergence",
+        f"out[i] = x[i]; if (t == 40) return;\n{BARRIER} out[i] = 2;",
+        f"out[i] = x[i];\n{BARRIER} if (t == 40) return; out[i] = 2;",
+        BARRIER,
+    ),
+    "simdgroup barrier in a branch": Bug(
+        "simd-partial",
+        f"if (lane < 16) {{\n  {SIMD_BARRIER}\n}} out[i] = x[i];",
+        f"{SIMD_BARRIER} out[i] = x[i];",
+        SIMD_BARRIER,
+    ),
+    "simd operation in a loop of different lengths": Bug(
+        "simd-partial",
+        "float v = 0;\nfor (uint k = lane; k < 40; k += 32)\n  v += simd_sum(x[k]);\nout[i] = v;",
+        "float v = 0;\nfor (uint k = lane; k < 64; k += 32)\n  v += simd_sum(x[k]);\nout[i] = v;",
+        "simd_sum(x[k])",
+    ),
+    "quad operation in half a quad": Bug(
+        "simd-partial",
+        "float v = x[i];\nif (lane < 18) v = quad_sum(v);\nout[i] = v;",
+        "float v = x[i];\nif (lane < 16) v = quad_sum(v);\nout[i] = v;",
+        "quad_sum(v)",
+    ),
+    "matrix product in a branch": Bug(
+        "simd-divergence",
+        "simdgroup_float8x8 a(1.0f);\nif (lane < 16) simdgroup_multiply(a, a, a);\n"
+        "out[i] = simd_sum(a.thread_elements()[0]);",
+        "simdgroup_float8x8 a(1.0f);\nsimdgroup_multiply(a, a, a);\n"
+        "out[i] = simd_sum(a.thread_elements()[0]);",
+        "simdgroup_multiply",
+    ),
     "barrier in a branch": Bug(
         "barrier-divergence",
         f"threadgroup float s[64]; s[t] = x[i];\nif (t < 32) {{\n  {BARRIER}\n}}\nout[i] = x[i];",
@@ -232,8 +365,25 @@ def test_clean_twin_is_silent(bug: Bug) -> None:
 
 
 def test_every_kind_has_a_bug() -> None:
-    elsewhere = {"too-many-threads", "time-limit", "crash"}  # tests of their own, below
+    # Tests of their own, below.
+    elsewhere = {"too-many-threads", "time-limit", "crash", "device-same-writes", "threadgroup-same-writes"}
     assert {bug.kind for bug in BUGS.values()} | elsewhere == set(emulator.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ("scratch[0] = 1;\nout[i] = 0;", "device-same-writes"),
+        (f"threadgroup float s[1];\ns[0] = 1;\n{BARRIER} out[i] = s[0];", "threadgroup-same-writes"),
+    ],
+)
+def test_writes_of_the_same_value_are_findings_if_asked_for(body: str, kind: str) -> None:
+    assert run(body, 2).findings == ()
+    (found,) = run(body, 2, strict_races=True).findings
+    assert found.kind == kind
+    assert "unordered with a write by thread 0 of threadgroup (0, 0, 0)" in found.message
+    other = body.replace("= 1;", "= t;")
+    assert {f.kind for f in run(other, 2).findings} == {kind.replace("same-writes", "race")}
 
 
 def test_missing_trailing_barrier_leaves_the_values_right_and_is_found() -> None:
@@ -331,6 +481,47 @@ def test_wild_store_does_not_kill_the_caller(mode: str) -> None:
     arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
     with pytest.raises(emulator.EmulatorError, match="SIGSEGV"):
         emulator.launch(kernel, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
+@pytest.mark.parametrize("barrier", ["", BARRIER], ids=["alone", "fibers"])
+def test_too_large_variables_are_told(mode: str, barrier: str) -> None:
+    # The array is used far from its end only: without a probe of every page it would hit another thread's.
+    body = f"volatile float a[60000]; a[t] = 1; {barrier}\nout[i] = a[t];"
+    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe")
+    arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
+    with pytest.raises(emulator.EmulatorError, match=r"more than \d+ bytes of variables"):
+        emulator.launch(kernel, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
+    small = emulator.compile(KERNEL.replace("BODY", body.replace("60000", "20000")), "probe")
+    emulator.launch(small, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
+    assert arrays[0].sum() == THREADS
+
+
+def test_three_dimensional_grid_with_smaller_threadgroups_at_its_edges() -> None:
+    source = """#include <metal_stdlib>
+using namespace metal;
+kernel void k(device uint* out, uint3 p [[thread_position_in_grid]], uint3 size [[threads_per_grid]],
+              uint3 q [[thread_position_in_threadgroup]], uint3 g [[threadgroup_position_in_grid]],
+              uint3 full [[dispatch_threads_per_threadgroup]], uint3 threads [[threads_per_threadgroup]],
+              uint t [[thread_index_in_threadgroup]]) {
+  uint at = (p.z * size.y + p.y) * size.x + p.x;
+  bool right = all(p == g * full + q) && t == (q.z * threads.y + q.y) * threads.x + q.x;
+  out[at] += right ? at : 9999;
+}"""
+    grid, threadgroup = (7, 5, 3), (4, 2, 2)
+    for mode in ("run", "check"):
+        out = np.zeros(7 * 5 * 3, np.uint32)
+        emulator.launch(emulator.compile(source), [out], grid, threadgroup, mode=mode)
+        np.testing.assert_array_equal(out, np.arange(out.size))
+
+
+def test_many_threadgroups() -> None:
+    kernel = emulator.compile(KERNEL.replace("BODY", "if (i < 64) out[i] = 1;"), "probe")
+    arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
+    for mode, threads in (("run", 1 << 24), ("check", 1 << 20)):
+        done = emulator.launch(kernel, arrays, (threads, 1, 1), (THREADS, 1, 1), mode=mode)
+        assert done.counters.threads == threads
+        assert done.counters.threadgroups == threads // THREADS
 
 
 def test_counters() -> None:

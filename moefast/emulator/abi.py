@@ -25,6 +25,7 @@ class Launch(ctypes.Structure):
         ("shuffle", c_uint32),
         ("os_threads", c_uint32),
         ("meets", c_uint32),
+        ("strict_races", c_uint32),
         ("flush", c_uint32),
     ]
 
@@ -102,7 +103,7 @@ class Request(ctypes.Structure):
 
 SIZES = (Launch, Outcome, Finding)
 
-FINISHED, TIME_LIMIT, FAULT, THREADGROUP_BYTES = range(4)
+FINISHED, TIME_LIMIT, FAULT, THREADGROUP_BYTES, STACK = range(5)
 
 
 def triple(values: Array[c_uint32]) -> tuple[int, int, int]:

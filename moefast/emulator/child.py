@@ -69,7 +69,7 @@ def run(
                 if array.nbytes and parameters[index].writable:
                     start = request.buffers[slot].file_offset
                     array.reshape(-1).view(np.uint8)[:] = np.frombuffer(memory, np.uint8, array.nbytes, start)
-    if done.returncode and result.outcome.status != abi.FAULT:
+    if done.returncode and result.outcome.status not in (abi.FAULT, abi.STACK):
         raise CrashedError(done.stderr.strip() or f"exit status {done.returncode}")
     return result
 

@@ -121,6 +121,9 @@ class _Instrumenter:
         before, after = line.split(pointer + operand, 1)
         checked = self._temporary()
         call = f"  {checked} = call ptr addrspace({space}) @{function}({arguments}){_debug(line)}"
+        if not kind.startswith("atomic"):
+            # What is misaligned is reported, and must not fault.
+            after = _ALIGN.sub(", align 1", after)
         return f"{first}{call}\n{before}{pointer}{checked}{after}"
 
     def _bits(self, value: str, size: int) -> tuple[str, str] | None:
@@ -175,7 +178,8 @@ class _Instrumenter:
                 f"ptr addrspace({space}) {operand}, {source}i64 {wide}, "
                 f"i32 {align[1] if align else 1}, i32 {self._site(location)}){_debug(line)}"
             )
-            parts[position] = parts[position].removesuffix(operand) + checked
+            unaligned = re.sub(r"\balign \d+", "align 1", parts[position].removesuffix(operand))
+            parts[position] = unaligned + checked
         return "\n".join([*calls, f"{head}({', '.join(parts)}{arguments[closing:]}"])
 
     def _generic(self, argument: str, calls: list[str]) -> str:

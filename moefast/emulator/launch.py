@@ -69,6 +69,7 @@ def launch(
     threadgroup_bytes: Mapping[int, int] | None = None,
     raises: bool = True,
     seed: int | None = None,
+    strict_races: bool = False,
     time_limit: float = 60.0,
     threads: int | None = None,
     denormals: Denormals = "keep",
@@ -85,6 +86,8 @@ def launch(
         threadgroup_bytes: sizes of ``[[threadgroup(i)]]`` arguments.
         raises: raise what check mode finds; False: give it back as ``Result.findings``.
         seed: check mode: run threadgroups and simdgroups in the random order of this seed; None: in order.
+        strict_races: check mode: unordered writes of the same bytes are findings too
+            (``device-same-writes``, ``threadgroup-same-writes``).
         time_limit: seconds.
         threads: OS threads of run mode; None: one for each core.
         denormals: ``keep`` them, as IEEE 754 has it, or ``flush`` those of float and bfloat to zero: as
@@ -113,6 +116,7 @@ def launch(
         outcome, findings, raw = _run(kernel, request, prepared)
     else:
         request.shuffle, request.seed = seed is not None, seed or 0
+        request.strict_races = strict_races
         outcome, findings, raw = _check(kernel, request, prepared)
     seconds = time.perf_counter() - start
     # A launch that did not finish has no result that could be given back.
@@ -218,6 +222,11 @@ def _failure(outcome: abi.Outcome, request: abi.Launch) -> list[Finding]:
     if outcome.status == abi.THREADGROUP_BYTES:
         message = f"the kernel needs {outcome.detail} bytes of threadgroup memory, more than 32768"
         return [Finding("threadgroup-memory", message)]
+    if outcome.status == abi.STACK:
+        message = (
+            f"thread {outcome.thread} of threadgroup {group}: more than {outcome.detail} bytes of variables"
+        )
+        return [Finding("crash", message, thread=outcome.thread, threadgroup=group)]
     if outcome.status == abi.FAULT:
         name = signal.Signals(outcome.detail).name if outcome.detail else "a signal"
         what = "integer division by zero" if name == "SIGFPE" else f"{name} at address {outcome.address:#x}"

@@ -41,6 +41,7 @@ STANDARD_HEADERS = [
     "metal_types",
     "metal_uniform",
     "metal_array",
+    "simd/simd.h",
 ]
 
 _PREPROCESS = (
@@ -52,7 +53,7 @@ _PREPROCESS = (
 _LANGUAGE = (
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-cl-single-precision-constant", "-fPIC"),
     # No optional feature of OpenCL: variables of a program, above all.
-    *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space"),
+    *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space,+__cl_clang_bitfields"),
     # Half and bfloat round after every operation; products and sums of one expression are fused, not more.
     *("-Xclang", "-fbfloat16-excess-precision=none", "-Xclang", "-ffloat16-excess-precision=none"),
     *("-ffp-contract=on", "-fno-math-errno", "-fno-exceptions"),
@@ -63,6 +64,8 @@ _LANGUAGE = (
     "-fdebug-compilation-dir=/-",  # nobody's folder: file names stay whole
     *("-Wno-unknown-attributes", "-Wno-ignored-attributes", "-Wno-unused", "-Wno-missing-prototypes"),
     *("-Wno-sync-alignment", "-Wno-atomic-alignment"),
+    # A frame larger than a page touches each of them, and so the guard below a thread's stack.
+    "-fstack-clash-protection",
 )
 _DIAGNOSTIC = re.compile(r"^(.*?):(\d+):(\d+): (fatal error|error|warning|note): (.*)$")
 
@@ -164,6 +167,7 @@ def _included(preprocessed: str, name: str) -> list[str]:
 def standard_headers() -> Path:
     def make(folder: Path) -> None:
         for header in STANDARD_HEADERS:
+            (folder / header).parent.mkdir(exist_ok=True)
             (folder / header).touch()
 
     return cache.entry(f"headers-{cache.key('headers')}", make)

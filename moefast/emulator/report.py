@@ -26,11 +26,16 @@ KINDS = (
     "simd-divergence",
     "simd-partial",
     "threadgroup-memory",
+    "read-only-write",
+    "device-same-writes",
+    "threadgroup-same-writes",
     # Told by the launch itself, in either mode.
     "too-many-threads",
     "time-limit",
     "crash",
 )
+# Those that have another side.
+_RACES = ("device-race", "threadgroup-race", "device-same-writes", "threadgroup-same-writes")
 _ACCESS = ("read", "write", "atomic access", "atomic read", "atomic write")
 _OPERATIONS = (
     "reduction",
@@ -121,7 +126,8 @@ class Reader:
         kind = KINDS[raw.kind]
         here = places(self.sites[raw.site])
         group, other_group = abi.triple(raw.group), abi.triple(raw.other_group)
-        has_other = kind.endswith(("race", "divergence"))
+        race = kind in _RACES
+        has_other = race or kind.endswith("divergence")
         other = places(self.sites[raw.other_site])[0] if has_other and raw.other_site else None
         in_threadgroup = kind.startswith("threadgroup") or (kind == "misaligned" and raw.detail & 16)
         buffer = self._variable(raw.buffer) if in_threadgroup else self.names.get(raw.buffer, "")
@@ -136,7 +142,7 @@ class Reader:
             offset=raw.offset,
             other_place=other,
             other_thread=raw.other_thread if other else None,
-            other_threadgroup=(other_group if kind.endswith("race") else group) if other else None,
+            other_threadgroup=(other_group if race else group) if other else None,
             count=raw.count,
         )
 
@@ -164,7 +170,9 @@ class Reader:
             )
         if kind.endswith("uninitialised"):
             return f"{who} reads {buffer} at byte {raw.offset}, which nobody has written"
-        if kind.endswith("race"):
+        if kind == "read-only-write":
+            return f"{who} writes {bytes_} of {buffer} at byte {raw.offset}, which the kernel declares const"
+        if kind in _RACES:
             before = _who(raw.other_thread, abi.triple(raw.other_group))
             at = f" at {other}" if other else ""
             return (

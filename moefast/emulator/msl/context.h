@@ -1,5 +1,7 @@
 // What kernels call in the runtime. runtime/abi.h is the other side.
-#define MSL_RUNTIME extern "C" __attribute__((convergent))
+// nomerge: two barriers in two branches stay two, or a divergence that the source has would be
+// gone.
+#define MSL_RUNTIME extern "C" __attribute__((convergent, nomerge))
 
 struct msl_context {
 #define MSL_BUILTIN(name, components) uint4 name;

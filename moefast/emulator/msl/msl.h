@@ -9,6 +9,8 @@
 #include "math.h"
 #include "integer.h"
 #include "relational.h"
+#include "geometric.h"
+#include "variants.h"
 #include "context.h"
 #include "simdgroup.h"
 #include "simdgroup_matrix.h"

@@ -1,4 +1,4 @@
-// Relational, geometric and packing functions.
+// Relational functions.
 namespace metal {
 
 #define MSL_RELATIONAL(T)                                      \
@@ -113,61 +113,5 @@ MSL_INLINE vec<T, N> select(vec<T, N> x, vec<T, N> y, msl_bool_vector<N> choose)
 template <typename T, int N, typename B>
 MSL_INLINE vec<T, N> select(vec<T, N> x, vec<T, N> y, vec<B, N> choose) {
   return select(x, y, msl_bool_vector<N>(choose));
-}
-
-// Products are summed from the first lane on, each fused into the sum.
-template <typename T, int N>
-MSL_INLINE T dot(vec<T, N> x, vec<T, N> y) {
-  T sum = (T)(x[0] * y[0]);
-  for (int i = 1; i < N; i++)
-    sum = x[i] * y[i] + sum;
-  return sum;
-}
-template <typename T, int N>
-MSL_INLINE T length_squared(vec<T, N> x) {
-  return dot(x, x);
-}
-template <typename T, int N>
-MSL_INLINE T length(vec<T, N> x) {
-  return sqrt(dot(x, x));
-}
-template <typename T, int N>
-MSL_INLINE T distance_squared(vec<T, N> x, vec<T, N> y) {
-  return dot(x - y, x - y);
-}
-template <typename T, int N>
-MSL_INLINE T distance(vec<T, N> x, vec<T, N> y) {
-  return length(x - y);
-}
-template <typename T, int N>
-MSL_INLINE vec<T, N> normalize(vec<T, N> x) {
-  return x * rsqrt(dot(x, x));
-}
-template <typename T>
-MSL_INLINE vec<T, 3> cross(vec<T, 3> x, vec<T, 3> y) {
-  return x.yzx * y.zxy - x.zxy * y.yzx;
-}
-template <typename T, int N>
-MSL_INLINE vec<T, N> reflect(vec<T, N> x, vec<T, N> n) {
-  return x - n * ((T)2 * dot(n, x));
-}
-
-MSL_INLINE float4 unpack_unorm4x8_to_float(uint x) {
-  float4 r;
-  for (int i = 0; i < 4; i++)
-    r[i] = (float)((x >> (8 * i)) & 255) / 255.0f;
-  return r;
-}
-MSL_INLINE float4 unpack_snorm4x8_to_float(uint x) {
-  float4 r;
-  for (int i = 0; i < 4; i++)
-    r[i] = fmax((float)(char)(x >> (8 * i)) / 127.0f, -1.0f);
-  return r;
-}
-MSL_INLINE uint pack_float_to_unorm4x8(float4 x) {
-  uint r = 0;
-  for (int i = 0; i < 4; i++)
-    r |= (uint)rint(saturate(x[i]) * 255.0f) << (8 * i);
-  return r;
 }
 }  // namespace metal

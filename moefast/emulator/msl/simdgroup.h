@@ -85,6 +85,16 @@ MSL_REDUCTION(xor)
       if (msl_active(x, i))                                        \
         total = msl_combine_##which(total, msl_value<T>(x, i));    \
     return total;                                                  \
+  }                                                                \
+  template <typename T>                                            \
+  MSL_INLINE T msl_quad_##which##_prefix_##name(T value) {         \
+    const thread msl_exchange* x = msl_meet(value, msl_op_quad);   \
+    uint me = msl_lane();                                          \
+    T total = (T)FIRST;                                            \
+    for (uint i = me & 28u; i < me + UNTIL; i++)                   \
+      if (msl_active(x, i))                                        \
+        total = msl_combine_##which(total, msl_value<T>(x, i));    \
+    return total;                                                  \
   }
 MSL_PREFIX(sum, inclusive, 0, 1)
 MSL_PREFIX(sum, exclusive, 0, 0)
@@ -155,6 +165,23 @@ MSL_INLINE T msl_simd_shuffle_and_fill_down(T value, T fill, ushort n, ushort mo
   return msl_value<msl_pair<T>>(x, first + from - modulo).fill;
 }
 template <typename T>
+MSL_INLINE T msl_quad_shuffle_and_fill_up(T value, T fill, ushort n, ushort modulo) {
+  const thread msl_exchange* x = msl_meet(msl_pair<T>{value, fill}, msl_op_quad);
+  uint me = msl_lane(), first = me - (me & 3u) % modulo;
+  int from = (int)(me - first) - (int)n;
+  if (from >= 0)
+    return msl_value<msl_pair<T>>(x, first + from).value;
+  return msl_value<msl_pair<T>>(x, first + from + modulo).fill;
+}
+template <typename T>
+MSL_INLINE T msl_quad_shuffle_and_fill_down(T value, T fill, ushort n, ushort modulo) {
+  const thread msl_exchange* x = msl_meet(msl_pair<T>{value, fill}, msl_op_quad);
+  uint me = msl_lane(), first = me - (me & 3u) % modulo, from = me - first + n;
+  if (from < modulo)
+    return msl_value<msl_pair<T>>(x, first + from).value;
+  return msl_value<msl_pair<T>>(x, first + from - modulo).fill;
+}
+template <typename T>
 MSL_INLINE T msl_simd_broadcast_first(T value) {
   const thread msl_exchange* x = msl_meet(value, msl_op_shuffle);
   return msl_value<T>(x, (uint)__builtin_ctz(x->mask));
@@ -168,59 +195,94 @@ MSL_INLINE T msl_quad_broadcast_first(T value) {
   return msl_value<T>(x, first);
 }
 
-// For each function: the scalars, vectors of them, and the internal name that MLX's bfloat
-// overloads call.
-#define MSL_SCALARS(X) X(char) X(uchar) X(short) X(ushort) X(int) X(uint) X(half) X(float)
-#define MSL_INTEGERS(X) X(char) X(uchar) X(short) X(ushort) X(int) X(uint)
-#define MSL_UNARY_OF(T)            \
-  MSL_INLINE T MSL_NAME(T value) { \
-    return MSL_FROM(value);        \
+// Each function for the scalars and for vectors of them, in simdgroups and in quadgroups, and under
+// the internal name that MLX's bfloat overloads call.
+// clang-format off
+#define MSL_INTEGERS(X, name, from)                                                            \
+  X(char, name, from) X(uchar, name, from) X(short, name, from) X(ushort, name, from)          \
+  X(int, name, from) X(uint, name, from)
+#define MSL_SCALARS(X, name, from) \
+  MSL_INTEGERS(X, name, from) X(half, name, from) X(float, name, from)
+// clang-format on
+#define MSL_UNARY_OF(T, name, from) \
+  MSL_INLINE T name(T value) {      \
+    return from(value);             \
   }
-#define MSL_LANE_OF(T)                       \
-  MSL_INLINE T MSL_NAME(T value, ushort n) { \
-    return MSL_FROM(value, n);               \
+#define MSL_UNARY(name, from, TYPES)           \
+  TYPES(MSL_UNARY_OF, name, from)              \
+  template <typename T, int N>                 \
+  MSL_INLINE vec<T, N> name(vec<T, N> value) { \
+    return from(value);                        \
   }
-#define MSL_UNARY(SCALARS)                         \
-  SCALARS(MSL_UNARY_OF)                            \
-  template <typename T, int N>                     \
-  MSL_INLINE vec<T, N> MSL_NAME(vec<T, N> value) { \
-    return MSL_FROM(value);                        \
+#define MSL_LANE_OF(T, name, from)       \
+  MSL_INLINE T name(T value, ushort n) { \
+    return from(value, n);               \
   }
-#define MSL_LANE                                             \
-  MSL_SCALARS(MSL_LANE_OF)                                   \
-  template <typename T, int N>                               \
-  MSL_INLINE vec<T, N> MSL_NAME(vec<T, N> value, ushort n) { \
-    return MSL_FROM(value, n);                               \
+#define MSL_LANE(name, from)                             \
+  MSL_SCALARS(MSL_LANE_OF, name, from)                   \
+  template <typename T, int N>                           \
+  MSL_INLINE vec<T, N> name(vec<T, N> value, ushort n) { \
+    return from(value, n);                               \
   }
-#include "simdgroup_functions.def"
-#undef MSL_UNARY_OF
-#undef MSL_LANE_OF
-#undef MSL_UNARY
-#undef MSL_LANE
+#define MSL_FILL_OF(T, name, lanes)                                 \
+  MSL_INLINE T name(T v, T fill, ushort n, ushort modulo = lanes) { \
+    return msl_##name(v, fill, n, modulo);                          \
+  }
+#define MSL_FILL(name, lanes)                                                               \
+  MSL_SCALARS(MSL_FILL_OF, name, lanes)                                                     \
+  template <typename T, int N>                                                              \
+  MSL_INLINE vec<T, N> name(vec<T, N> v, vec<T, N> fill, ushort n, ushort modulo = lanes) { \
+    return msl_##name(v, fill, n, modulo);                                                  \
+  }
 
-#define MSL_FILL_OF(T)                                                                 \
-  MSL_INLINE T simd_shuffle_and_fill_up(T v, T fill, ushort n, ushort modulo = 32) {   \
-    return msl_simd_shuffle_and_fill_up(v, fill, n, modulo);                           \
-  }                                                                                    \
-  MSL_INLINE T simd_shuffle_and_fill_down(T v, T fill, ushort n, ushort modulo = 32) { \
-    return msl_simd_shuffle_and_fill_down(v, fill, n, modulo);                         \
-  }
-MSL_SCALARS(MSL_FILL_OF)
+#define MSL_REDUCE(name, TYPES, INTERNAL_TYPES)  \
+  MSL_UNARY(simd_##name, msl_simd_##name, TYPES) \
+  MSL_UNARY(quad_##name, msl_quad_##name, TYPES) \
+  MSL_UNARY(__metal_simd_##name, msl_simd_##name, INTERNAL_TYPES)
+MSL_REDUCE(sum, MSL_SCALARS, MSL_SCALARS)
+MSL_REDUCE(product, MSL_SCALARS, MSL_SCALARS)
+MSL_REDUCE(max, MSL_SCALARS, MSL_SCALARS)
+MSL_REDUCE(min, MSL_SCALARS, MSL_SCALARS)
+MSL_REDUCE(and, MSL_INTEGERS, MSL_INTEGERS)
+MSL_REDUCE(or, MSL_INTEGERS, MSL_INTEGERS)
+MSL_REDUCE(xor, MSL_INTEGERS, MSL_SCALARS)
+#undef MSL_REDUCE
+
+#define MSL_PREFIXES(which, op)                                                      \
+  MSL_UNARY(simd_prefix_##which##_##op, msl_##op##_prefix_##which, MSL_SCALARS)      \
+  MSL_UNARY(quad_prefix_##which##_##op, msl_quad_##op##_prefix_##which, MSL_SCALARS) \
+  MSL_UNARY(__metal_simd_prefix_##which##_##op, msl_##op##_prefix_##which, MSL_SCALARS)
+MSL_PREFIXES(inclusive, sum)
+MSL_PREFIXES(exclusive, sum)
+MSL_PREFIXES(inclusive, product)
+MSL_PREFIXES(exclusive, product)
+#undef MSL_PREFIXES
+
+#define MSL_SHUFFLES(name)               \
+  MSL_LANE(simd_##name, msl_simd_##name) \
+  MSL_LANE(quad_##name, msl_quad_##name) \
+  MSL_LANE(__metal_simd_##name, msl_simd_##name)
+MSL_SHUFFLES(shuffle)
+MSL_SHUFFLES(broadcast)
+MSL_SHUFFLES(shuffle_down)
+MSL_SHUFFLES(shuffle_up)
+MSL_SHUFFLES(shuffle_xor)
+MSL_SHUFFLES(shuffle_rotate_down)
+MSL_SHUFFLES(shuffle_rotate_up)
+#undef MSL_SHUFFLES
+MSL_UNARY(simd_broadcast_first, msl_simd_broadcast_first, MSL_SCALARS)
+MSL_UNARY(quad_broadcast_first, msl_quad_broadcast_first, MSL_SCALARS)
+
+MSL_FILL(simd_shuffle_and_fill_up, 32)
+MSL_FILL(simd_shuffle_and_fill_down, 32)
+MSL_FILL(quad_shuffle_and_fill_up, 4)
+MSL_FILL(quad_shuffle_and_fill_down, 4)
+#undef MSL_UNARY_OF
+#undef MSL_UNARY
+#undef MSL_LANE_OF
+#undef MSL_LANE
 #undef MSL_FILL_OF
-template <typename T, int N>
-MSL_INLINE vec<T, N> simd_shuffle_and_fill_up(vec<T, N> v,
-                                              vec<T, N> fill,
-                                              ushort n,
-                                              ushort modulo = 32) {
-  return msl_simd_shuffle_and_fill_up(v, fill, n, modulo);
-}
-template <typename T, int N>
-MSL_INLINE vec<T, N> simd_shuffle_and_fill_down(vec<T, N> v,
-                                                vec<T, N> fill,
-                                                ushort n,
-                                                ushort modulo = 32) {
-  return msl_simd_shuffle_and_fill_down(v, fill, n, modulo);
-}
+#undef MSL_FILL
 #undef MSL_SCALARS
 #undef MSL_INTEGERS
 
@@ -259,6 +321,24 @@ MSL_INLINE simd_vote simd_ballot(bool yes) {
 }
 MSL_INLINE simd_vote simd_active_threads_mask() {
   return simd_vote((ulong)msl_ballot(true, msl_op_vote));
+}
+struct quad_vote {
+  typedef ulong vote_t;
+  vote_t bits;
+  explicit quad_vote(vote_t b = 0) : bits(b) {}
+  explicit operator vote_t() const { return bits; }
+  bool all() const { return bits == 15; }
+  bool any() const { return bits != 0; }
+};
+MSL_INLINE quad_vote quad_ballot(bool yes) {
+  return quad_vote((ulong)(msl_ballot(yes, msl_op_quad) >> (msl_lane() & 28u) & 15u));
+}
+MSL_INLINE quad_vote quad_active_threads_mask() {
+  return quad_ballot(true);
+}
+// There are helper threads in fragment shaders only.
+MSL_INLINE bool simd_is_helper_thread() {
+  return false;
 }
 MSL_INLINE bool simd_any(bool yes) {
   return msl_ballot(yes, msl_op_vote) != 0;

@@ -23,9 +23,9 @@ struct simdgroup_matrix {
                 "the elements of a simdgroup matrix are half, bfloat or float");
   typedef vec<T, 2> storage_type;
   storage_type msl_elements;
-  simdgroup_matrix() thread {}
+  simdgroup_matrix() {}
   // T on the diagonal.
-  explicit simdgroup_matrix(T diagonal) thread {
+  explicit simdgroup_matrix(T diagonal) {
     msl_matrix_place at;
     msl_elements[0] = at.row == at.column ? diagonal : (T)0;
     msl_elements[1] = at.row == at.column + 1 ? diagonal : (T)0;
@@ -37,13 +37,13 @@ typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 
-template <typename T, int R, int C>
+template <typename T, int R, int C = R>
 MSL_INLINE simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T value) {
   simdgroup_matrix<T, R, C> m;
   m.msl_elements = value;
   return m;
 }
-template <typename T, int R, int C>
+template <typename T, int R, int C = R>
 MSL_INLINE simdgroup_matrix<T, R, C> make_diagonal_simdgroup_matrix(T value) {
   return simdgroup_matrix<T, R, C>(value);
 }

@@ -1,5 +1,6 @@
 // Address spaces, scalars and vectors of the Metal Shading Language, said in C++ for OpenCL.
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#pragma OPENCL EXTENSION __cl_clang_bitfields : enable
 
 #define device __global
 #define constant __constant
@@ -14,6 +15,7 @@
 #define generic msl_name_generic
 #define read_only msl_name_read_only
 #define write_only msl_name_write_only
+#define read_write msl_name_read_write
 #define pipe msl_name_pipe
 // OpenCL's own atomic types, which the compiler declares.
 #define atomic_int msl_name_atomic_int
@@ -69,10 +71,50 @@ MSL_VECTORS(bfloat)
 MSL_VECTORS(float)
 #undef MSL_VECTORS
 
+// The lanes of a vector that is a class here, by number and by name.
+template <typename T, int N>
+struct msl_lanes;
+template <typename T>
+struct msl_lanes<T, 2> {
+  union {
+    T lane[2];
+    struct {
+      T x, y;
+    };
+    struct {
+      T r, g;
+    };
+  };
+};
+template <typename T>
+struct msl_lanes<T, 3> {
+  union {
+    T lane[3];
+    struct {
+      T x, y, z;
+    };
+    struct {
+      T r, g, b;
+    };
+  };
+};
+template <typename T>
+struct msl_lanes<T, 4> {
+  union {
+    T lane[4];
+    struct {
+      T x, y, z, w;
+    };
+    struct {
+      T r, g, b, a;
+    };
+  };
+};
+
 // The compiler has no vectors of bool; comparisons of vectors give vectors of integers, 0 or -1.
 template <int N>
-struct msl_bool_vector {
-  bool lane[N];
+struct msl_bool_vector : msl_lanes<bool, N> {
+  using msl_lanes<bool, N>::lane;
   msl_bool_vector() = default;
   msl_bool_vector(bool b) {
     for (int i = 0; i < N; i++)
@@ -84,8 +126,11 @@ struct msl_bool_vector {
       lane[i] = v[i] != 0;
   }
   template <typename... B>
-  msl_bool_vector(bool a, bool b, B... rest) : lane{a, b, rest...} {
+  msl_bool_vector(bool a, bool b, B... rest) {
     static_assert(sizeof...(rest) + 2 == N, "a bool vector takes one value, or one for each lane");
+    bool given[] = {a, b, (bool)rest...};
+    for (int i = 0; i < N; i++)
+      lane[i] = given[i];
   }
   bool& operator[](int i) { return lane[i]; }
   bool operator[](int i) const { return lane[i]; }

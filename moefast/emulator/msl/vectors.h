@@ -22,20 +22,20 @@ struct msl_vector_of<msl_bool_vector<N>> {
 // Packed vectors have the alignment of their elements, and are arithmetic through the vector they
 // convert to.
 template <typename T, int N>
-struct msl_packed {
-  union {
-    T lane[N];
-    struct {
-      T x, y;
-    };
-  };
-  msl_packed() {}
+struct msl_packed : msl_lanes<T, N> {
+  using msl_lanes<T, N>::lane;
+  msl_packed() = default;
   msl_packed(metal::vec<T, N> v) {
     for (int i = 0; i < N; i++)
       lane[i] = v[i];
   }
   template <typename... U>
-  msl_packed(T a, T b, U... rest) : lane{a, b, (T)rest...} {}
+  msl_packed(T a, T b, U... rest) {
+    static_assert(sizeof...(rest) + 2 == N, "a packed vector takes one value for each lane");
+    T given[] = {a, b, (T)rest...};
+    for (int i = 0; i < N; i++)
+      lane[i] = given[i];
+  }
   operator metal::vec<T, N>() const {
     metal::vec<T, N> v;
     for (int i = 0; i < N; i++)
@@ -66,6 +66,10 @@ struct msl_same {
   typedef T type;
 };
 #define MSL_PACKED_OPERATOR(op)                                                               \
+  template <typename T, int N, typename B>                                                    \
+  MSL_INLINE msl_packed<T, N>& operator op## = (msl_packed<T, N> & a, B b) {                  \
+    return a = (metal::vec<T, N>)a op b;                                                      \
+  }                                                                                           \
   template <typename T, int N>                                                                \
   MSL_INLINE metal::vec<T, N> operator op(msl_packed<T, N> a, msl_packed<T, N> b) {           \
     return (metal::vec<T, N>)a op(metal::vec<T, N>) b;                                        \
@@ -90,6 +94,10 @@ MSL_PACKED_OPERATOR(+)
 MSL_PACKED_OPERATOR(-)
 MSL_PACKED_OPERATOR(*)
 MSL_PACKED_OPERATOR(/)
+template <typename T, int N>
+MSL_INLINE metal::vec<T, N> operator-(msl_packed<T, N> a) {
+  return -(metal::vec<T, N>)a;
+}
 #undef MSL_PACKED_OPERATOR
 #define MSL_PACKED(T)                     \
   typedef msl_packed<T, 2> packed_##T##2; \
@@ -190,3 +198,15 @@ MSL_INLINE To as_type(From from) {
 }
 }  // namespace metal
 using metal::as_type;
+
+// A copy of `from`, which may be in constant memory too: the copy constructors of the language take
+// a generic reference, to which constant memory does not convert. translate.py writes it where a
+// variable of a class is initialised.
+template <typename T>
+MSL_INLINE T msl_copy(const constant T& from) {
+  return *(const device T*)(size_t)&from;
+}
+template <typename T>
+MSL_INLINE T msl_copy(const T& from) {
+  return from;
+}

@@ -88,6 +88,11 @@ void* Check::device(uint8_t* p, uint64_t bytes, uint32_t alignment, uint32_t sit
     f.buffer = b.index, f.offset = offset, f.size = (int64_t)b.bytes, f.bytes = (uint32_t)bytes;
     f.detail = kind, f.detail2 = alignment;
   }
+  if (!b.writable && !reads_only(kind)) {
+    Finding& f = report(kReadOnlyWrite, site, worker->running);
+    f.buffer = b.index, f.offset = offset, f.size = (int64_t)b.bytes, f.bytes = (uint32_t)bytes;
+    return sink;
+  }
   count(b, (uint64_t)offset, bytes, kind);
   if (b.shadow)
     follow(b.shadow + offset, p, bytes, site, kind, 0, b.index, (uint64_t)offset, b.bytes,
@@ -239,7 +244,7 @@ using namespace emulator;
   MSL_EXPORT void* msl_check_##space##_##kind##_##n(void* p, uint32_t alignment, uint32_t site) { \
     return check.access(Space, p, n, alignment, site, Kind);                                      \
   }
-// What is stored comes along: two writes of the same value are no race worth reporting.
+// What is stored comes along: two writes of the same value are a race of another kind.
 #define CHECK_STORE(space, Space, n, Bits)                                                \
   MSL_EXPORT void* msl_check_##space##_store_##n(void* p, Bits value, uint32_t alignment, \
                                                  uint32_t site) {                         \

@@ -21,6 +21,9 @@ enum Kind : uint32_t {
   kSimdDivergence,
   kSimdPartial,
   kThreadgroupMemory,
+  kReadOnlyWrite,
+  kDeviceSameWrites,
+  kThreadgroupSameWrites,
 };
 
 // Read by child.py.
@@ -74,8 +77,9 @@ inline bool writes_only(Access a) {
 }
 enum Space : uint32_t { kDeviceSpace, kConstantSpace, kThreadgroupSpace, kGenericSpace };
 
-constexpr uint64_t kSlotBytes =
-    1ull << 34;  // of address space for each buffer, which lies in the middle
+// Of address space for each buffer, which lies in the middle: an index that wrapped, 2^32 elements
+// of 16 bytes off, is still told with the buffer it was meant for.
+constexpr uint64_t kSlotBytes = 1ull << 37;
 
 struct Check : Listener {
   Worker* worker;
@@ -132,11 +136,11 @@ struct Check : Listener {
               uint64_t offset,
               uint64_t size,
               bool must_be_written);
-  void race(const Shadow&,
+  void race(Kind,
+            const Shadow&,
             bool with_write,
             uint32_t site,
             Access,
-            int memory,
             int32_t buffer,
             uint64_t offset,
             uint64_t size,

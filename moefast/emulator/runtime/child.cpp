@@ -52,13 +52,13 @@ void store_results() {
 
 void on_fault(int signal, siginfo_t* info, void*) {
   Outcome& outcome = request->outcome;
-  outcome.status = kFault;
-  outcome.detail = (uint64_t)signal;
-  outcome.address = (uint64_t)info->si_addr;
   if (check.worker && check.worker->running) {
-    outcome.thread = check.worker->running->thread;
-    memcpy(outcome.group, check.worker->group, sizeof outcome.group);
+    tell_fault(*check.worker, signal, info->si_addr, outcome);
     store_results();
+  } else {
+    outcome.status = kFault;
+    outcome.detail = (uint64_t)signal;
+    outcome.address = (uint64_t)info->si_addr;
   }
   _exit(3);
 }

@@ -1,5 +1,6 @@
-// One GPU thread: a stack of its own, at whose lowest address lies this record. Code that runs on
-// the stack finds the record from the stack pointer, with no thread-local storage.
+// One GPU thread: a stack of its own, at whose lowest address lies this record, with a page nobody
+// may touch in between. Code that runs on the stack finds the record from the stack pointer, with
+// no thread-local storage.
 #pragma once
 #include "abi.h"
 

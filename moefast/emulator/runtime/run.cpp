@@ -43,13 +43,12 @@ void on_signal(int signal, siginfo_t* info, void*) {
   }
   Outcome& outcome = *worker->outcome;
   uint32_t expected = kFinished;
-  uint32_t status = signal == kStopSignal ? kTimeLimit : kFault;
-  if (__atomic_compare_exchange_n(&outcome.status, &expected, status, false, __ATOMIC_SEQ_CST,
+  // The first of several OS threads to fail tells why.
+  if (__atomic_compare_exchange_n(&outcome.status, &expected, kTimeLimit, false, __ATOMIC_SEQ_CST,
                                   __ATOMIC_SEQ_CST)) {
-    outcome.detail = (uint64_t)signal;
-    outcome.address = (uint64_t)info->si_addr;
-    outcome.thread = worker->running->thread;
-    memcpy(outcome.group, worker->group, sizeof outcome.group);
+    tell_fault(*worker, signal, info->si_addr, outcome);
+    if (signal == kStopSignal)
+      outcome.status = kTimeLimit;
   }
   sigset_t set;
   sigemptyset(&set);

@@ -91,8 +91,10 @@ static void run_simdgroup(Worker& worker, uint32_t simdgroup) {
         other = &f;
     }
     if (worker.listener) {
-      // Simdgroup barriers are for the lanes there are; values need all 32.
-      uint32_t whole = first->operation == kBarrierOperation ? live : ~0u;
+      // Simdgroup barriers are for the lanes there are, those that have returned included; values
+      // need all 32.
+      uint32_t there = lanes < kLanes ? (1u << lanes) - 1 : ~0u;
+      uint32_t whole = first->operation == kBarrierOperation ? there : ~0u;
       if (!complete(*first, mask, live) || !complete(*first, mask, whole))
         worker.listener->simd_diverges(
             worker, *first, complete(*first, mask, live) ? nullptr : other, mask, live, whole);

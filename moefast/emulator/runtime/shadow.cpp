@@ -80,18 +80,21 @@ void Check::follow(Shadow* shadow,
       f.bytes = (uint32_t)bytes;
     }
     // Whichever of two writes of the same value comes last, the result is that value: MLX's mat-vec
-    // kernels let several simdgroups compute the last rows.
+    // kernels let several simdgroups compute the last rows. Reported only if asked for.
     bool same = access == kWrite && stored && ((const uint8_t*)stored)[i] == p[i];
     bool both_atomic = is_atomic(access) && s.write_flags & kAtomic;
-    if (!raced && !same && !both_atomic &&
+    if (!raced && !both_atomic && (!same || worker->launch->strict_races) &&
         unordered(at, s.write_time, s.write_thread, s.write_flags)) {
-      race(s, true, site, access, memory, buffer, offset + i, size, bytes);
-      raced = true;
+      Kind different = memory ? kThreadgroupRace : kDeviceRace;
+      Kind equal = memory ? kThreadgroupSameWrites : kDeviceSameWrites;
+      race(same ? equal : different, s, true, site, access, buffer, offset + i, size, bytes);
+      raced = !same;
     }
     bool atomic_readers = is_atomic(access) && s.read_flags & kAtomic;
     if (!raced && !reads_only(access) && !atomic_readers &&
         unordered(at, s.read_time, s.read_thread, s.read_flags)) {
-      race(s, false, site, access, memory, buffer, offset + i, size, bytes);
+      race(memory ? kThreadgroupRace : kDeviceRace, s, false, site, access, buffer, offset + i,
+           size, bytes);
       raced = true;
     }
     if (reads_only(access)) {
@@ -108,16 +111,16 @@ void Check::follow(Shadow* shadow,
   }
 }
 
-void Check::race(const Shadow& s,
+void Check::race(Kind kind,
+                 const Shadow& s,
                  bool with_write,
                  uint32_t site,
                  Access access,
-                 int memory,
                  int32_t buffer,
                  uint64_t offset,
                  uint64_t size,
                  uint64_t bytes) {
-  Finding& f = report(memory ? kThreadgroupRace : kDeviceRace, site, worker->running);
+  Finding& f = report(kind, site, worker->running);
   if (f.count > 1)
     return;
   uint32_t time = with_write ? s.write_time : s.read_time;

@@ -1,7 +1,9 @@
 #include "worker.h"
 
+#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "context_switch.h"
 #include "schedule.h"
@@ -65,6 +67,34 @@ void release_worker(Worker* worker) {
 
 Fiber& fiber(Worker& worker, uint32_t thread) {
   return *(Fiber*)(worker.stacks + thread * kStackBytes);
+}
+
+// With pages too large for it there is no guard.
+static uintptr_t guard_bytes() {
+  auto page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  return 4 * page <= kStackBytes && sizeof(Fiber) <= page ? page : 0;
+}
+
+// Stacks are guarded when they are first used: each guard is a mapping more, of which a process may
+// have a limited number. Where that is reached, the rest go without.
+static void guard_stacks(Worker& worker, uint32_t wanted) {
+  if (worker.guarded >= wanted)
+    return;
+  uintptr_t page = guard_bytes();
+  for (; worker.guarded < wanted; worker.guarded++)
+    if (page)
+      mprotect(worker.stacks + worker.guarded * kStackBytes + page, page, PROT_NONE);
+}
+
+void tell_fault(const Worker& worker, int signal, void* address, Outcome& outcome) {
+  uintptr_t page = guard_bytes(), at = (uintptr_t)address - (uintptr_t)worker.stacks;
+  bool memory = signal == SIGSEGV || signal == SIGBUS;
+  bool stack = memory && at < kMostThreads * kStackBytes && at % kStackBytes - page < page;
+  outcome.status = stack ? kStack : kFault;
+  outcome.detail = stack ? kStackBytes - 2 * page : (uint64_t)signal;
+  outcome.address = (uint64_t)address;
+  outcome.thread = worker.running->thread;
+  memcpy(outcome.group, worker.group, sizeof outcome.group);
 }
 
 void abandon(Worker& worker) {
@@ -189,6 +219,7 @@ bool run_threadgroup(Worker& worker, uint32_t x, uint32_t y, uint32_t z) {
   Context common = {};
   fill_common(worker, size, common);
   uint32_t fibers = launch.meets ? worker.threads : 1;
+  guard_stacks(worker, fibers);
   for (uint32_t i = 0; i < fibers; i++) {
     Fiber& f = fiber(worker, i);
     f.worker = &worker;

@@ -46,6 +46,7 @@ struct Worker {
   uint32_t group[3];
   uint32_t phase[kLanes];  // per simdgroup: which exchange is filled next
   uint32_t variable_count, variable_bytes, top;
+  uint32_t guarded;  // stacks that have their guard page
   uint32_t argument_offset[kBuffers];
   Random random;
   Counts counts;
@@ -62,6 +63,8 @@ void begin_launch(Worker&, const Launch&, Listener*, Outcome*);
 // Runs one threadgroup; false if the launch cannot go on (outcome says why).
 bool run_threadgroup(Worker&, uint32_t x, uint32_t y, uint32_t z);
 Fiber& fiber(Worker&, uint32_t thread);
+// Writes down a fault of the running fiber; called from a signal handler.
+void tell_fault(const Worker&, int signal, void* address, Outcome&);
 // Leaves the running fiber for good.
 [[noreturn]] void abandon(Worker&);
 
