@@ -1,0 +1,36 @@
+"""Activations as the kernels are told of them: a functor of kernels/activation.h with its numbers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ...specs import Activation
+
+_FUNCTORS = {
+    "swiglu": "Swiglu",
+    "swiglu_oai": "SwigluOai",
+    "swiglu_clipped": "SwigluClipped",
+    "swiglu_clamped": "SwigluClamped",
+    "geglu_tanh": "GegluTanh",
+    "situ": "Situ",
+    "gelu_tanh": "GeluTanh",
+    "relu2": "Relu2",
+}
+
+
+@lru_cache(maxsize=64)
+def functor(activation: Activation) -> str:
+    """Metal text of the activation: ``moefast::SwigluOai{1.7020000219345093f, 7.0f}``."""
+    name = _FUNCTORS[activation.name]
+    numbers = [value for value in activation.parameters().values() if value is not None]
+    if activation.name == "situ" and activation.linear_beta is not None:
+        name = "SituBounded"
+    return f"moefast::{name}{{{', '.join(map(_literal, numbers))}}}"
+
+
+def _literal(value: float) -> str:
+    """The float32 that MLX makes of the number: all its digits, so that nothing rounds it once more."""
+    rounded: float = mx.array(value, mx.float32).item()
+    return f"{rounded!r}f"
