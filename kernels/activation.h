@@ -1,10 +1,11 @@
-// The activations of the experts, as MLX's compiled kernels compute them on a GPU: every intermediate
-// result is rounded to the arrays' type T, except where MLX's own functions compute half in float.
+// The activations of the experts, as MLX's compiled kernels compute them on a GPU: every
+// intermediate result is rounded to the arrays' type T, except where MLX's own functions compute
+// half in float.
 //
-// activate(functor, gate, up), or activate(functor, up) without a gate. The functors have the names of
-// moefast.Activation's; their numbers are members, which a body gives as literals: SwigluOai{1.702f, 7.0f}.
-// The reference is moefast/backends/reference/activations.py under mx.compile; equal to the bit where
-// exp, tanh and pow are the same functions.
+// activate(functor, gate, up), or activate(functor, up) without a gate. The functors have the names
+// of moefast.Activation's; their numbers are members, which a body gives as literals:
+// SwigluOai{1.702f, 7.0f}. The reference is moefast/backends/reference/activations.py under
+// mx.compile; equal to the bit where exp, tanh and pow are the same functions.
 #ifndef MOEFAST_ACTIVATION_H
 #define MOEFAST_ACTIVATION_H
 

@@ -125,13 +125,13 @@ def mlx_chain(kind: str, activation: Activation, gate: np.ndarray, up: np.ndarra
 
 @cache
 def function(activation: Activation) -> launch.Function:
-    arguments = "gate[i], up[i]" if activation.gated else "up[i]"
+    arguments = f"{functor(activation)}, " + ("gate[i], up[i]" if activation.gated else "up[i]")
     return launch.Function(
         name="activate",
         file="activation.h",
         inputs=("gate", "up"),
         outputs=("y",),
-        body=f"uint i = thread_position_in_grid.x;\ny[i] = moefast::activate({functor(activation)}, {arguments});",
+        body=f"uint i = thread_position_in_grid.x;\ny[i] = moefast::activate({arguments});",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import mlx.core as mx
+import numpy as np
 
 from ...specs import Activation
 
@@ -32,5 +32,4 @@ def functor(activation: Activation) -> str:
 
 def _literal(value: float) -> str:
     """The float32 that MLX makes of the number: all its digits, so that nothing rounds it once more."""
-    rounded: float = mx.array(value, mx.float32).item()
-    return f"{rounded!r}f"
+    return f"{float(np.float32(value))!r}f"
