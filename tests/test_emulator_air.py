@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_elementwise as elementwise
 import mlx_plain as plain
 import mlx_quantized as quantized
 import numpy as np
 import pytest
-from mlx_air import BINARY, CASES, CASTS, COMPARISONS, UNARY
+from mlx_air import BINARY, CASES, CASTS, COMPARISONS, OWN, UNARY
 from mlx_kernels import TYPES, Run, bits, numbers
 
 from moefast import emulator
@@ -173,6 +174,21 @@ def test_arguments_that_function_constants_take_away(
     result, values = run.launch(kernel, mode="check", raises=False)
     assert result.findings == ()
     run.check(values)
+
+
+def test_denormals_are_for_the_gpu_to_flush(metallib: Metallib) -> None:
+    """MLX's developers compiled every kernel so; on Apple's GPUs x + 0 is 0 for those of float and bfloat."""
+    assert all(b"air.compile.denorms_disable" in metallib.bitcode(name) for name in metallib)
+    for kind, own in OWN.items():
+        run = elementwise.binary(kind, "Add", 4)
+        tiny = of_bits(np.array([1, 2, 3, 100], WORDS[kind]), kind)
+        run.buffers["a"], run.buffers["b"] = tiny, np.zeros_like(tiny)
+        kernel = air.load(metallib, f"vv_Add{own}")
+        for mode in ("run", "check"):
+            kept = run.launch(kernel, mode=mode)[1]
+            flushed = run.launch(kernel, mode=mode, denormals="flush")[1]
+            assert kept.tobytes() == tiny.tobytes()
+            assert flushed.tobytes() == (tiny if kind == "float16_t" else np.zeros_like(tiny)).tobytes()
 
 
 # A kernel that has its second buffer unless function constant 3 is true, and copies constant 4 to it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 from mlx_kernels import bits, numbers
 
 from moefast import emulator
+from moefast.emulator.__main__ import main
 from moefast.env import settings
 
 pytestmark = pytest.mark.skipif(
@@ -105,6 +107,44 @@ def test_one_launch_does_not_decide_for_the_next(mode: str) -> None:
     assert launch("float", mode=mode)[1].tobytes() == first.tobytes()
     # NumPy, in this process, is left as it was.
     assert np.float32(1e-30) * np.float32(1e-10) > 0
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
+def test_of_metal_kernel(mode: Any) -> None:
+    x = mx.array([1e-39, 1.0])
+
+    def sums(denormals: Any) -> list[float]:
+        kernel = emulator.metal_kernel(
+            "sum",
+            ["x"],
+            ["y"],
+            "uint i = thread_position_in_grid.x; y[i] = x[i] + 0.0f;",
+            mode=mode,
+            denormals=denormals,
+        )
+        (y,) = kernel(
+            inputs=[x],
+            grid=(2, 1, 1),
+            threadgroup=(2, 1, 1),
+            output_shapes=[(2,)],
+            output_dtypes=[mx.float32],
+        )
+        return np.array(y).tolist()
+
+    assert sums("keep") == np.array(x).tolist()
+    assert sums("flush") == [0.0, 1.0]
+
+
+def test_from_the_shell(tmp_path: Path) -> None:
+    file, given, kept = tmp_path / "k.metal", tmp_path / "x.npy", tmp_path / "y.npy"
+    file.write_text(
+        "kernel void k(const device float* x [[buffer(0)]], device float* y [[buffer(1)]]) { *y = *x * 2; }"
+    )
+    np.save(given, np.array([1e-39], np.float32))
+    buffers = ["--buffer", f"0={given}", "--buffer", "1=empty:float32:1", "--save", f"1={kept}"]
+    for denormals, expected in (("keep", np.float32(1e-39) * 2), ("flush", 0)):
+        assert main([str(file), "--grid", "1", "--denormals", denormals, *buffers]) == 0
+        assert np.load(kept)[0] == expected
 
 
 def test_refused() -> None:

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, default=0, help="that many random schedules besides the plain one"
     )
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for each launch")
+    parser.add_argument("--denormals", choices=("keep", "flush"), default="keep", help="of float and bfloat")
     parser.add_argument("--save", action="append", default=[], metavar="INDEX=FILE.npy", help="keep a buffer")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
@@ -129,6 +130,7 @@ def _launches(kernel: Kernel, arguments: argparse.Namespace) -> list[Result]:
                 raises=False,
                 seed=seed,
                 time_limit=arguments.time_limit,
+                denormals=arguments.denormals,
             )
         )
     for index, file in _pairs(arguments.save, "--save").items():

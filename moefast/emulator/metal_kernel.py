@@ -13,7 +13,7 @@ import numpy as np
 
 from . import generated
 from .compile import Kernel, compile
-from .launch import Mode, Output, Result, launch
+from .launch import Denormals, Mode, Output, Result, launch
 
 _UTILS = '#include "mlx/backend/metal/kernels/utils.h"\n'
 _MATH_MODES = ("safe", "relaxed", "fast")
@@ -30,7 +30,7 @@ class MetalKernel:
     """A kernel of which the body is given, and the signature made for each call (see ``metal_kernel``).
 
     Attributes:
-        mode, seed, raises, time_limit: see ``launch``.
+        mode, seed, raises, time_limit, denormals: see ``launch``.
     """
 
     name: str
@@ -44,6 +44,7 @@ class MetalKernel:
     seed: int | None = None
     raises: bool = True
     time_limit: float = 60.0
+    denormals: Denormals = "keep"
     _compiled: dict[str, Kernel] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(
@@ -127,6 +128,7 @@ class MetalKernel:
             seed=self.seed,
             raises=self.raises,
             time_limit=self.time_limit,
+            denormals=self.denormals,
         )
         found = [
             _to_mlx(result.buffers[first_output + i], tuple(shape), dtype)
@@ -184,6 +186,7 @@ def metal_kernel(
     seed: int | None = None,
     raises: bool = True,
     time_limit: float = 60.0,
+    denormals: Denormals = "keep",
 ) -> MetalKernel:
     """``mx.fast.metal_kernel`` on the CPU: the same arguments, and a few of the emulator's own after them.
 
@@ -191,7 +194,7 @@ def metal_kernel(
         name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs: as MLX's.
         compile_options: ``{"math_mode": "safe" | "relaxed" | "fast"}``; computed as ``safe`` in any case.
         mode: ``run`` or ``check``.
-        seed, raises, time_limit: see ``launch``.
+        seed, raises, time_limit, denormals: see ``launch``.
 
     Raises:
         ValueError: there is no output, or an option is unknown.
@@ -217,6 +220,7 @@ def metal_kernel(
         seed,
         raises,
         time_limit,
+        denormals,
     )
 
 
