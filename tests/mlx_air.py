@@ -57,6 +57,12 @@ def _products(kind: str) -> Cases:
     )
     yield f"gemv_{own}_bm8_bn1_sm1_sn32_tm4_tn4_nc0_axpby0", lambda: plain.gemv(kind, 40, 700)
     yield f"gemv_gather_{own}_bm8_bn1_sm1_sn32_tm4_tn4", lambda: plain.gemv_gather(kind, 40, 700)
+    if kind != "float":  # MLX compiles that one when asked
+        for bias in (False, True):
+            yield (
+                f"gemv_wide_{own}_nv3_kl32{' bias' * bias}",
+                lambda b=bias: plain.gemv_several(kind, 5, 42, 1160, b),
+            )
 
 
 def _rows(kind: str) -> Cases:

@@ -101,6 +101,46 @@ def _gemv(kind: str, N: int, K: int, bm: int, bn: int) -> Run:
     )
 
 
+def gemv_several(kind: str, M: int, N: int, K: int, bias: bool = False) -> Run:
+    """One matrix, a few vectors: three of them share what a threadgroup reads."""
+    vectors, lanes = 3, 32
+    matrix, vector = of(kind, normal(N, K)), of(kind, normal(M, K, seed=1))
+    added = of(kind, normal(M, N, seed=2))
+    exact = numbers(vector, kind) @ numbers(matrix, kind).T
+    rows = lanes // 8
+    return Run(
+        ("gemv.h",),
+        f'instantiate_kernel("k", gemv_wide, {kind}, {vectors}, {lanes})',
+        {
+            "mat": matrix,
+            "in_vec": vector,
+            "bias": added,
+            "out_vec": out(kind, M, N),
+            "in_vec_size": scalar(K),
+            "out_vec_size": scalar(N),
+            "M": scalar(M),
+            "matrix_ld": scalar(K),
+            "vector_ld": scalar(K),
+            "alpha": scalar(0.5, np.float32),
+            "beta": scalar(2, np.float32),
+            "batch_ndim": scalar(1),
+            "batch_shape": i32(1),
+            "vector_batch_stride": i64(0),
+            "matrix_batch_stride": i64(0),
+            "bias_batch_stride": i64(0),
+            "bias_ld": scalar(N),
+            "bias_fd": scalar(1),
+        },
+        (32, (N + rows - 1) // rows * rows, 1),
+        (32, rows, 1),
+        "out_vec",
+        kind,
+        0.5 * exact + 2 * numbers(added, kind) if bias else exact,
+        dot_error(kind, K),
+        {0: False, 1: bias},
+    )
+
+
 def gemv_gather(kind: str, N: int, K: int) -> Run:
     """The mat-vec of decoding without quantization: each route has its expert."""
     experts = (3, 1, 4, 0)

@@ -45,6 +45,8 @@ for kind in KINDS:
     add(plain.gather_mm_rhs, kind, ROWS, 64, 48)
     add(plain.gemv, kind, 12, 700)
     add(plain.gemv_gather, kind, 12, 700)
+    for bias in (False, True):
+        add(plain.gemv_several, kind, 5, 42, 1160, bias)
     add(plain.softmax, kind, 3, 700)
     add(plain.softmax, kind, 2, 5000)  # in a loop
     add(plain.logsumexp, kind, 3, 700)

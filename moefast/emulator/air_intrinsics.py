@@ -147,6 +147,7 @@ class _Intrinsic:
             "clamp": self._clamp,
             "ldexp": self._ldexp,
             "fract": self._fract,
+            "dot": self._dot,
         }
         if operation in special:
             return special[operation]()
@@ -286,6 +287,19 @@ class _Intrinsic:
     def _fract(self) -> str:
         whole = self.call(self.result, f"llvm.floor.{_overload(self.result)}", f"{self.result} %0")
         return self.emit(f"fsub {self.result} %0, {whole}")
+
+    def _dot(self) -> str:
+        """In the order of msl/geometric.h, which is not known of Apple's."""
+        vector, element = self.arguments[0], self.result
+        value = ""
+        for lane in range(int(vector[1:].split(" ")[0])):
+            left, right = (self.emit(f"extractelement {vector} %{i}, i32 {lane}") for i in (0, 1))
+            if lane == 0:
+                value = self.emit(f"fmul {element} {left}, {right}")
+                continue
+            typed = (f"{element} {operand}" for operand in (left, right, value))
+            value = self.call(element, f"llvm.fmuladd.{_overload(element)}", *typed)
+        return value
 
     def _barrier(self) -> str:
         function = "msl_threadgroup_barrier" if self.operation == "wg" else "msl_simd_barrier"
