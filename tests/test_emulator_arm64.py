@@ -88,7 +88,7 @@ def test_same_bits_on_arm64(kernel: str, denormals: Any, tmp_path: Path) -> None
     source = Source(text)
     structure = read(source)
     signature = reflect.find(source, structure, None, {})
-    translated = translate(source, structure, {}) + reflect.entry(signature)
+    translated = translate(source, structure, {}).text + reflect.entry(signature)
     library = str(pipeline.PACKAGE / "msl" / "library.h")
     front = [
         zig,

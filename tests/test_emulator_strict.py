@@ -26,7 +26,7 @@ using namespace metal;
 
 
 class Case(NamedTuple):
-    """``shown`` is part of the user's line that the error quotes; empty: any line of the source."""
+    """``shown`` is part of the user's line that the error quotes; empty: any line of the user's."""
 
     name: str
     outside: str
@@ -137,6 +137,186 @@ REFUSED = [
     Case("atomic of an unsupported type", "", "threadgroup atomic<short> a; out[i] = 0;"),
     Case("too many values for a vector", "", "float2 v = float2(1, 2, 3); out[i] = v.x;"),
     Case("too few values for a vector", "", "float4 v = float4(1, 2); out[i] = v.x;"),
+    Case("device to constant", "", "constant float* p = x; out[i]=p[0];"),
+    Case("constant without init", "constant float g;", "out[i] = g;"),
+    Case("device global", "device float g[4];", "out[i] = g[0];"),
+    Case("threadgroup global", "threadgroup float g[4];", "g[0] = 1; out[i] = g[0];"),
+    Case("static global", "static float g = 1;", "out[i] = g;"),
+    Case("const global", "const float g = 1;", "out[i] = g;"),
+    Case("device local var", "", "device float q = 1; out[i] = q;"),
+    Case("double cast", "", "out[i] = (double)x[i];"),
+    Case("long double", "", "long double d = 1; out[i]=d;"),
+    Case("double L suffix", "", "out[i] = 1.0L;"),
+    Case(
+        "recursion member", "struct S { int f(int k) { return k ? f(k-1)+1 : 0; } };", "S s; out[i] = s.f(n);"
+    ),
+    Case(
+        "recursion template",
+        "template <typename T> T f(int k) { return k ? f<T>(k-1)+1 : 0; }",
+        "out[i] = f<float>(n);",
+    ),
+    Case(
+        "recursion via lambda",
+        "",
+        "auto f = [](auto self, int k) -> int { return k ? self(self, k-1)+1 : 0; }; out[i] = f(f, n);",
+    ),
+    Case(
+        "function pointer param",
+        "inline float f() { return 1; } inline float g(float (*p)()) { return p(); }",
+        "out[i] = g(f);",
+    ),
+    Case(
+        "function pointer array",
+        "inline float f() { return 1; }",
+        "float (*p[2])() = {f, f}; out[i] = p[i&1]();",
+    ),
+    Case(
+        "member fn pointer",
+        "struct S { float f() { return 1; } };",
+        "float (S::*p)() = &S::f; S s; out[i] = (s.*p)();",
+    ),
+    Case("malloc", "", "thread int* p = (thread int*)malloc(4); out[i] = *p;"),
+    Case(
+        "dynamic_cast",
+        "struct B {}; struct D : B {};",
+        "D d; thread B* b = &d; out[i] = dynamic_cast<thread D*>(b) != nullptr;",
+    ),
+    Case("using namespace std", "using namespace std;", "out[i] = 1;"),
+    Case("include cmath", "#include <cmath>", "out[i] = 1;"),
+    Case("sqrtf", "", "out[i] = sqrtf(x[i]);"),
+    Case("float to bfloat arg", "inline void f(bfloat b) {}", "f(x[i]); out[i]=1;"),
+    Case("float to bfloat return", "inline bfloat f(float a) { return a; }", "out[i] = f(x[i]);"),
+    Case("float to bfloat store", "", "device bfloat* b = (device bfloat*)out; b[i] = x[i];"),
+    Case("bfloat literal float", "", "bfloat b = 1.5f; out[i] = b;"),
+    Case("bfloat += float", "", "bfloat b = bfloat(1.0f); b += x[i]; out[i] = b;"),
+    Case("bfloat * half", "", "bfloat b = bfloat(1.0f); half h = 1; out[i] = b * h;"),
+    Case("int4 to float4 implicit", "", "float4 a = int4(1); out[i]=a.x;"),
+    Case("half4 + float4", "", "out[i] = (half4(1) + float4(1)).x;"),
+    Case("if on vector", "", "if (float2(1,2) > 1.0f) out[i] = 1;"),
+    Case("swizzle dup assign", "", "float4 a(1); a.xx = float2(1); out[i]=a.x;"),
+    Case("ctor vec too many", "", "float3 a = float3(float2(1), float2(2)); out[i]=a.x;"),
+    Case("min int float", "", "out[i] = min(1, x[i]);"),
+    Case("max half float", "", "out[i] = max(half(1), x[i]);"),
+    Case("simd_and float", "", "out[i] = simd_and(x[i]);"),
+    Case("matrix 16x16", "", "simdgroup_matrix<float,16,16> m; out[i]=1;"),
+    Case("matrix load wrong type", "", "simdgroup_half8x8 m; simdgroup_load(m, x, 8); out[i]=1;"),
+    Case("atomic plain assign", "", "threadgroup atomic_int a; a = 1; out[i] = 1;"),
+    Case("atomic on plain", "", "atomic_fetch_add_explicit(out, 1.0f, memory_order_relaxed);"),
+    Case(
+        "atomic seq_cst",
+        "",
+        "atomic_fetch_add_explicit((device atomic_int*)out, 1, memory_order_seq_cst);",
+    ),
+    Case(
+        "atomic float max",
+        "",
+        "atomic_fetch_max_explicit((device atomic_float*)out, 1.0f, memory_order_relaxed);",
+    ),
+    Case(
+        "atomic thread local",
+        "",
+        "atomic_int a; atomic_store_explicit(&a, 1, memory_order_relaxed); out[i]=1;",
+    ),
+    Case(
+        "int64 atomic add",
+        "",
+        "atomic_fetch_add_explicit((device atomic_ulong*)out, 1ul, memory_order_relaxed);",
+    ),
+    Case("barrier without args", "", "threadgroup_barrier(); out[i]=1;"),
+    Case("OpenCL barrier", "", "barrier(CLK_LOCAL_MEM_FENCE); out[i]=1;"),
+    Case("get_global_id", "", "out[i] = get_global_id(0);"),
+    Case("OpenCL __global", "", "__global float* p = out; p[i] = 1;"),
+    Case("OpenCL convert", "", "out[i] = convert_float4(int4(1)).x;"),
+    Case(
+        "tg var in lambda",
+        "",
+        "auto f = [&]() { threadgroup float q[2]; q[0] = 1; return q[0]; }; out[i] = f();",
+    ),
+    Case("tg member", "struct S { threadgroup float a[4]; };", "S s; out[i] = 1;"),
+    Case("tg VLA", "", "threadgroup float q[n]; out[i] = q[0];"),
+    Case("VLA", "", "float q[n]; out[i] = q[0];"),
+    Case("kernel returns float", "[[kernel]] float o2(device float* o) { return 1; }", "out[i]=1;"),
+    Case(
+        "kernel by value buffer",
+        "[[kernel]] void o2(device float* o, float v [[buffer(1)]]) { o[0] = v; }",
+        "out[i]=1;",
+    ),
+    Case(
+        "kernel thread ptr",
+        "[[kernel]] void o2(device float* o, thread float* v [[buffer(1)]]) { o[0] = v[0]; }",
+        "out[i]=1;",
+    ),
+    Case(
+        "kernel dup buffer",
+        "[[kernel]] void o2(device float* o [[buffer(0)]], device float* p [[buffer(0)]]) { o[0] = p[0]; }",
+        "out[i]=1;",
+    ),
+    Case("kernel buffer 31", "[[kernel]] void o2(device float* o [[buffer(31)]]) { o[0] = 1; }", "out[i]=1;"),
+    Case(
+        "builtin wrong type float",
+        "[[kernel]] void o2(device float* o, float t [[thread_position_in_grid]]) { o[0] = t; }",
+        "out[i]=1;",
+    ),
+    Case(
+        "builtin int",
+        "[[kernel]] void o2(device float* o, int t [[thread_position_in_grid]]) { o[0] = t; }",
+        "out[i]=1;",
+    ),
+    Case(
+        "builtin uint4",
+        "[[kernel]] void o2(device float* o, uint4 t [[thread_position_in_grid]]) { o[0] = t.x; }",
+        "out[i]=1;",
+    ),
+    Case(
+        "builtin scalar as uint3",
+        "[[kernel]] void o2(device float* o, uint3 t [[thread_index_in_simdgroup]]) { o[0] = t.x; }",
+        "out[i]=1;",
+    ),
+    Case(
+        "attr threadgroup on device",
+        "[[kernel]] void o2(device float* o [[threadgroup(0)]]) { o[0] = 1; }",
+        "out[i]=1;",
+    ),
+    Case(
+        "attr buffer on threadgroup",
+        "[[kernel]] void o2(device float* o, threadgroup float* s [[buffer(1)]]) { o[0] = 1; }",
+        "out[i]=1;",
+    ),
+    Case("misspelt kernel attr", "[[kernal]] void o2(device float* o) { o[0] = 1; }", "out[i]=1;"),
+    Case(
+        "call kernel from kernel", "[[kernel]] void o2(device float* o) { o[0] = 1; }", "o2(out); out[i] = 1;"
+    ),
+    Case("pointer cast no AS", "", "out[i] = *(float*)(x);"),
+    Case("pointer cast no AS reint", "", "out[i] = *reinterpret_cast<const float*>(x);"),
+    Case("pointer typedef no AS", "typedef float* P;", "P p = out; p[i] = 1;"),
+    Case("using ptr no AS", "using P = float*;", "P p = out; p[i] = 1;"),
+    Case("lambda ref param no AS", "", "auto f = [](float& a) { a = 1; }; float q; f(q); out[i] = q;"),
+    Case("dot int", "", "out[i] = dot(int3(1), int3(1));"),
+    Case(
+        "call nonconst device method",
+        "struct S { float v; void f() { v = 1; } };",
+        "device S* s = (device S*)out; s->f(); ",
+    ),
+    Case(
+        "call method on tg struct no qual",
+        "struct S { float v; void f() { v = 1; } };",
+        "threadgroup S s; s.f(); out[i] = 1;",
+    ),
+    Case(
+        "call method on constant struct no qual",
+        "struct S { float v; float f() const { return v; } }; constant S c = {1};",
+        "out[i] = c.f();",
+    ),
+    Case("texture", "[[kernel]] void o2(texture2d<float> t [[texture(0)]]) {}", "out[i]=1;"),
+    Case("float8", "", "float8 a; out[i] = 1;"),
+    Case("as_type bool", "", "out[i] = as_type<uint>(true);"),
+    Case("reinterpret scalar", "", "out[i] = reinterpret_cast<float>(n);"),
+    Case("mod float", "", "out[i] = x[i] % 2.0f;"),
+    Case(
+        "this address",
+        "struct S { float v; float f() { S* p = this; return p->v; } };",
+        "S s; out[i] = s.f();",
+    ),
 ]
 
 ALLOWED = [
@@ -191,6 +371,7 @@ def test_refused(case: Case) -> None:
     with pytest.raises(emulator.CompileError) as caught:
         compile_case(case)
     own = [d for d in caught.value.diagnostics if d.file == "probe.metal" and d.text]
+    assert own, str(caught.value)
     if case.shown:
         assert any(case.shown in d.text for d in own), str(caught.value)
         assert case.shown in str(caught.value)

@@ -8,7 +8,7 @@ does, how, and where it differs from a GPU: docs/emulator.md.
 from .compile import Kernel, compile
 from .counters import BufferCounters, Counters
 from .errors import CompileError, Diagnostic, EmulatorError, ToolchainError
-from .launch import Output, Result, launch
+from .launch import Mode, Output, Result, launch
 from .metal_kernel import MetalKernel, metal_kernel, mlx_include_dir
 from .report import KINDS, Finding, Place
 
@@ -22,6 +22,7 @@ __all__ = [
     "Finding",
     "Kernel",
     "MetalKernel",
+    "Mode",
     "Output",
     "Place",
     "Result",

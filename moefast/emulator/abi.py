@@ -9,6 +9,7 @@ from ctypes import Array, c_double, c_int32, c_int64, c_uint32, c_uint64
 BUFFERS = 31
 ARGUMENTS = 2 * BUFFERS
 MOST_FINDINGS = 256
+MOST_VARIABLES = 64  # of threadgroup memory; [[threadgroup(i)]] are numbered from here on
 
 Three = c_uint32 * 3
 

@@ -28,6 +28,7 @@ class Kernel:
         name: as asked for.
         signature: parameters, with their types.
         folder: its entry in the cache.
+        variables: names of the threadgroup variables, as far as the source has them; number 1 is the first.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -36,6 +37,7 @@ class Kernel:
         stored = json.loads((folder / "kernel.json").read_text())
         self.signature = _signature(stored["signature"])
         self.meets: bool = stored["meets"]
+        self.variables: tuple[str, ...] = tuple(stored["variables"])
         self._objects: list[str] = stored["objects"]
 
     @cached_property
@@ -133,10 +135,12 @@ def _store(folder: Path, unit: Unit) -> None:
     loaded = ctypes.CDLL(str(folder / "run.so"), mode=ctypes.RTLD_LOCAL)
     count = 4 * len(unit.signature.parameters)
     table = list((ctypes.c_uint32 * count).in_dll(loaded, "msl_parameters")) if count else []
-    store(folder, unit.ir, with_types(unit.signature, table), [])
+    store(folder, unit.ir, with_types(unit.signature, table), [], unit.variables)
 
 
-def store(folder: Path, ir: str, signature: Signature, objects: Sequence[str]) -> None:
+def store(
+    folder: Path, ir: str, signature: Signature, objects: Sequence[str], variables: Sequence[str] = ()
+) -> None:
     """Writes down what ``Kernel`` reads.
 
     Args:
@@ -144,7 +148,12 @@ def store(folder: Path, ir: str, signature: Signature, objects: Sequence[str]) -
     """
     (folder / "kernel.ll").write_text(ir)
     meets = any(f"@{function}(" in ir for function in _MEETING) or "@msl_air_" in ir
-    stored = {"signature": asdict(signature), "meets": meets, "objects": list(objects)}
+    stored = {
+        "signature": asdict(signature),
+        "meets": meets,
+        "objects": list(objects),
+        "variables": list(variables),
+    }
     cache.write_json(folder / "kernel.json", stored)
 
 

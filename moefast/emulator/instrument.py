@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from .ir import Module, Site, closing_bracket, leading_type, named_types, split_top, store_bytes
 
 _SPACES = {1: "device", 2: "constant", 3: "threadgroup", 4: "generic"}
-_LOAD = re.compile(r"^\s*%[\w.]+ = load (atomic )?(?:volatile )?(.+), ptr addrspace\((\d)\) (.+)$")
-_STORE = re.compile(r"^\s*store (atomic )?(?:volatile )?(.+), ptr addrspace\((\d)\) (.+)$")
+_LOAD = re.compile(r"^\s*%[\w.]+ = load (atomic )?(?:volatile )?(.+)$")
+_STORE = re.compile(r"^\s*store (atomic )?(?:volatile )?(.+)$")
+_POINTER = re.compile(r"ptr addrspace\((\d)\) (.+)$")
 _UPDATE = re.compile(
     r"^\s*%[\w.]+ = (?:atomicrmw (?:volatile )?\w+|cmpxchg (?:weak )?(?:volatile )?)\s*"
     r"ptr addrspace\((\d)\) (.+)$"
@@ -70,16 +71,18 @@ class _Instrumenter:
 
     def _instruction(self, line: str, location: str | None) -> str:
         if "addrspace(" in line:
-            if found := _LOAD.match(line):
-                kind = "atomic_load" if found[1] else "load"
-                return self._access(
-                    line, kind, store_bytes(found[2], self.types), int(found[3]), found[4], location
-                )
-            if found := _STORE.match(line):
-                size = store_bytes(leading_type(found[2]), self.types)
-                if found[1]:
-                    return self._access(line, "atomic_store", size, int(found[3]), found[4], location)
-                return self._access(line, "store", size, int(found[3]), found[4], location, found[2])
+            load = _LOAD.match(line)
+            if found := load or _STORE.match(line):
+                # A pointer may be an expression with types and commas of its own.
+                value, operand, *rest = split_top(found[2])
+                pointer = _POINTER.match(operand)
+                if not pointer:
+                    return line  # to or from a thread's own variable
+                kind = ("atomic_" if found[1] else "") + ("load" if load else "store")
+                size = store_bytes(leading_type(value), self.types)
+                after = ", ".join([pointer[2], *rest])
+                stored = value if kind == "store" else ""
+                return self._access(line, kind, size, int(pointer[1]), after, location, stored)
             if found := _UPDATE.match(line):
                 operands = split_top(found[2])
                 size = store_bytes(leading_type(operands[1]), self.types)

@@ -93,6 +93,10 @@ class Module:
             reference = _field(fields, "scope")
         return file, ""
 
+    def file_of(self, define: int) -> str:
+        """The file of the function that is defined at a line."""
+        return self._scope(f"!{found[1]}" if (found := _DBG.search(self.lines[define])) else None)[0]
+
     def _file(self, reference: str | None) -> str:
         if reference is None:
             return ""

@@ -208,7 +208,8 @@ def _check(kernel: Kernel, request: abi.Launch, prepared: _Prepared) -> _Ran:
     except child.CrashedError as error:
         outcome = abi.Outcome(status=abi.FAULT)
         return outcome, [Finding("crash", f"the kernel's process ended: {error}")], None
-    reader = Reader(kernel.sites, prepared.names)
+    arguments = {index: p.name for index, p in kernel.signature.threadgroup.items()}
+    reader = Reader(kernel.sites, prepared.names, kernel.variables, arguments)
     findings = [reader.read(found) for found in raw.findings[: raw.finding_count]]
     return raw.outcome, [*findings, *_failure(raw.outcome, request)], raw
 

@@ -20,7 +20,7 @@ _MARKER = re.compile(r'\s*#\s*(?:line\s+)?(\d+)\s+"((?:[^"\\]|\\.)*)"')
 
 
 class Token(NamedTuple):
-    """``kind``: name, number, text or sign. ``start``: offset of its first character."""
+    """``kind``: name, number, text, sign or end. ``start``: offset of its first character."""
 
     kind: str
     text: str
@@ -49,6 +49,8 @@ class Source:
                 self._markers.append((token.end + 1, _unescape(marker[2]), int(marker[1])))
             elif "pragma" in token.text:
                 self.pragmas.append(token)
+        # So that what follows a token can be looked at without asking whether there is anything.
+        self.tokens += [Token("end", "", len(text))] * 8
 
     def place(self, offset: int) -> tuple[str, int, int]:
         """File, line and column of an offset, line and column from 1."""

@@ -11,6 +11,7 @@ from . import cache, contraction, reflect, strict
 from .errors import CompileError, Diagnostic
 from .lexer import Source
 from .reflect import Signature
+from .report import OWN
 from .structure import read
 from .toolchain import must, run, toolchain
 from .translate import translate
@@ -50,10 +51,14 @@ _PREPROCESS = (
     "-D__cpp_variable_templates=201304L",
     "-DMETAL_FUNC=inline __attribute__((always_inline))",
 )
+_FEATURES = (
+    *("cl_khr_fp16", "__opencl_c_generic_address_space"),
+    *("__cl_clang_bitfields", "__cl_clang_function_pointers"),
+)
 _LANGUAGE = (
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-cl-single-precision-constant", "-fPIC"),
-    # No optional feature of OpenCL: variables of a program, above all.
-    *("-Xclang", "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space,+__cl_clang_bitfields"),
+    # No other feature of OpenCL: no variables of a program, above all.
+    *("-Xclang", f"-cl-ext=-all,{','.join(f'+{feature}' for feature in _FEATURES)}"),
     # Half and bfloat round after every operation; products and sums of one expression are fused, not more.
     *("-Xclang", "-fbfloat16-excess-precision=none", "-Xclang", "-ffloat16-excess-precision=none"),
     *("-ffp-contract=on", "-fno-math-errno", "-fno-exceptions"),
@@ -76,11 +81,13 @@ class Unit:
 
     Attributes:
         files: every file that was included.
+        variables: names of the threadgroup variables, the first of which is number 1.
     """
 
     ir: str
     signature: Signature
     files: tuple[str, ...]
+    variables: tuple[str, ...] = ()
 
 
 def front_end(
@@ -107,16 +114,18 @@ def front_end(
         raise CompileError(name, [shown.complete(*refusal) for refusal in refusals])
     given = {c.name: constants.get(c.index, constants.get(c.name)) for c in structure.constants}
     signature = reflect.find(source, structure, kernel, {name: bool(value) for name, value in given.items()})
-    translated = translate(source, structure, constants) + reflect.entry(signature)
+    translated = translate(source, structure, constants)
     command = [*toolchain().clang, *toolchain().target, *_LANGUAGE, *strict.WARNINGS]
     done = run(
-        [*command, "-include-pch", str(standard_library()), "-S", "-emit-llvm", "-", "-o", "-"], translated
+        [*command, "-include-pch", str(standard_library()), "-S", "-emit-llvm", "-", "-o", "-"],
+        translated.text + reflect.entry(signature),
     )
     _refuse_diagnostics(name, done.stderr, done.returncode, shown)
     refused = strict.check_ir(done.stdout)
     if refused:
         raise CompileError(name, [shown.complete(*refusal) for refusal in refused])
-    return Unit(contraction.contract(done.stdout), signature, tuple(_included(preprocessed, name)))
+    files = tuple(_included(preprocessed, name))
+    return Unit(contraction.contract(done.stdout), signature, files, translated.variables)
 
 
 class Shown:
@@ -147,14 +156,17 @@ def preprocess(
 
 
 def _refuse_diagnostics(name: str, stderr: str, failed: int, shown: Shown) -> None:
-    found = []
+    found: list[Diagnostic] = []
     for line in stderr.split("\n"):
         if match := _DIAGNOSTIC.match(line):
             file, at, column, severity, message = match.groups()
             if "error" in severity or (severity == "warning" and strict.is_refused(message)):
                 found.append(shown.complete(file, int(at), int(column), strict.reword(message)))
+            elif severity == "note" and found and found[-1].file.startswith(OWN) and not file.startswith(OWN):
+                # An assertion of the library: what the user wrote is what led there.
+                found[-1] = shown.complete(file, int(at), int(column), found[-1].message)
     if found:
-        raise CompileError(name, found)
+        raise CompileError(name, list(dict.fromkeys(found)))
     if failed:
         raise RuntimeError(f"[emulator] the compiler failed on {name}:\n{stderr}")
 

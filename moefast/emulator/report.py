@@ -46,7 +46,7 @@ _OPERATIONS = (
     "matrix load or store",
     "matrix product",
 )
-_OWN = str(Path(__file__).resolve().parent / "msl")
+OWN = str(Path(__file__).resolve().parent / "msl")  # the emulator's own library
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Finding:
 def places(site: Site) -> tuple[Place, ...]:
     """The user's own frames of a site: what the emulator's library does in between is left out."""
     frames = [Place(*frame) for frame in site.frames]
-    return tuple(frame for frame in frames if not frame.file.startswith((_OWN, "<launch>"))) or (Place(),)
+    return tuple(frame for frame in frames if not frame.file.startswith((OWN, "<launch>"))) or (Place(),)
 
 
 def _who(thread: int, group: tuple[int, int, int]) -> str:
@@ -116,11 +116,21 @@ class Reader:
     Args:
         sites: of the kernel, by number.
         names: of buffers, by index.
+        variables: names of threadgroup variables, the first of which is number 1.
+        arguments: names of ``[[threadgroup(i)]]`` parameters, by index.
     """
 
-    def __init__(self, sites: Sequence[Site], names: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        names: Mapping[int, str],
+        variables: Sequence[str] = (),
+        arguments: Mapping[int, str] | None = None,
+    ) -> None:
         self.sites = sites
         self.names = names
+        self.variables = variables
+        self.arguments = arguments or {}
 
     def read(self, raw: abi.Finding) -> Finding:
         kind = KINDS[raw.kind]
@@ -149,7 +159,12 @@ class Reader:
     def _variable(self, number: int) -> str:
         if number < 0:
             return "threadgroup memory"
-        return f"threadgroup({number - 64})" if number >= 64 else f"threadgroup variable {number}"
+        if number >= abi.MOST_VARIABLES:
+            index = number - abi.MOST_VARIABLES
+            return self.arguments.get(index, f"threadgroup({index})")
+        return (
+            self.variables[number - 1] if number <= len(self.variables) else f"threadgroup variable {number}"
+        )
 
     def _message(self, kind: str, raw: abi.Finding, buffer: str, who: str, other: Place | None) -> str:
         bytes_ = f"{raw.bytes} bytes" if raw.bytes != 1 else "1 byte"

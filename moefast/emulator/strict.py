@@ -12,6 +12,7 @@ import re
 from .ir import Body, Module
 from .lexer import Source
 from .reflect import BUILTINS, attributes, split_parameters
+from .report import OWN
 from .structure import Function, Structure, is_builtin_type
 from .translate import threadgroup_variables
 
@@ -19,7 +20,7 @@ from .translate import threadgroup_variables
 Refusal = tuple[str, int, int, str]
 
 # Asked of the front end, and read by `is_refused`.
-WARNINGS = ("-Wimplicit-float-conversion",)
+WARNINGS = ("-Wimplicit-float-conversion", "-Wdouble-promotion")
 
 _WORDS = {
     "goto": "goto is not supported in Metal",
@@ -36,6 +37,8 @@ _WORDS = {
     "__asm": "inline assembly is not supported by the emulator",
     "__asm__": "inline assembly is not supported by the emulator",
 }
+_FLOAT = re.compile(r"(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?[fFhH]?")
+_INDICES = 31  # of buffers, and of threadgroup arguments
 _SPACES = {"device", "constant", "threadgroup", "thread", "threadgroup_imageblock", "ray_data", "object_data"}
 _ATTRIBUTES = {
     *BUILTINS,
@@ -96,6 +99,10 @@ class _Tokens:
                 self._word(i, token.text)
             elif token.text in ("*", "&") and i:
                 self._pointer(i)
+            elif token.text == "(":
+                self._function_pointer(i)
+            elif token.kind == "number" and _is_long_double(token.text):
+                self.refuse(i, _WORDS["double"])
         self._attributes()
         for function in self.structure.functions:
             self._function(function)
@@ -108,8 +115,32 @@ class _Tokens:
             self.refuse(i, _WORDS["new"])
         elif text == "printf" and self.tokens[i + 1].text == "(":
             self.refuse(i, "printf does not exist in Metal")
-        elif text == "std" and self.tokens[i + 1].text == "::":
+        elif text == "std" and (self.tokens[i + 1].text == "::" or self.tokens[i - 1].text == "namespace"):
             self.refuse(i, "the C++ standard library does not exist in Metal")
+        elif text in ("bfloat", "bfloat16_t"):
+            self._bfloat(i)
+
+    def _bfloat(self, i: int) -> None:
+        """``bfloat b = 1.5f``: the front end converts constants that are exact without a warning."""
+        tokens = self.tokens
+        value = i + (4 if tokens[i + 3].text == "-" else 3)
+        if tokens[i + 1].kind != "name" or tokens[i + 2].text != "=" or tokens[value].kind != "number":
+            return
+        is_float = _FLOAT.fullmatch(tokens[value].text) and not tokens[value].text.lower().endswith("bf")
+        if is_float and tokens[value + 1].text in (";", ","):
+            self.refuse(value, "a float becomes a bfloat only by bfloat(x)")
+
+    def _function_pointer(self, i: int) -> None:
+        """``float (*p)(int)`` and ``float (*p[2])()``, but as parameters of templates."""
+        before, star, name, after = self.tokens[i - 1], *self.tokens[i + 1 : i + 4]
+        types = before.kind == "name" and (
+            is_builtin_type(before.text) or before.text in self.structure.types
+        )
+        is_pointer = star.text == "*" and name.kind == "name" and after.text in (")", "[")
+        if types and is_pointer and not self.structure.in_template_parameters(i):
+            closing = self.source.closing(i)
+            if self.tokens[closing + 1].text == "(":
+                self.refuse(i + 1, "function pointers are not supported in Metal")
 
     def _attributes(self) -> None:
         for name, _, at in attributes(self.source, 0, len(self.tokens)):
@@ -124,20 +155,35 @@ class _Tokens:
         """A declared pointer or reference must say its address space."""
         if not self._may_declare(i):
             return
-        words, left = self._specifiers(i - 1)
-        if not words or words & (
-            _SPACES | {"auto", "decltype", "return", "sizeof", "case", "using", "operator"}
-        ):
+        words, start = self._specifiers(i - 1)
+        left = self.tokens[start].text if start >= 0 else ";"
+        if not words or words & (_SPACES | {"auto", "decltype", "return", "sizeof", "case", "operator"}):
             return
         if not any(is_builtin_type(word) or word in self.structure.types for word in words):
             return
-        in_parameters = any(first < i < last for first, last in self.parameters)
-        # Elsewhere `(T * x)` is a product.
-        if left in (";", "{", "}") or (left in ("(", ",") and in_parameters):
+        if self._declares(i, start, left):
             what = "pointer" if self.tokens[i].text == "*" else "reference"
             self.refuse(
                 i, f"{what} type must have an explicit address space: device, constant, threadgroup or thread"
             )
+
+    def _declares(self, i: int, start: int, left: str) -> bool:
+        """Whether the words from the sign ``left`` at ``start`` to ``i`` are a declaration or a cast."""
+        after = self.tokens[i + 1].text
+        if left in (";", "{", "}"):
+            return True
+        if left == "=":
+            return self.tokens[start - 2].text == "using"
+        if after in (")", ">") and left in ("(", "<", ","):
+            return True  # (T*)x, static_cast<T*>(x)
+        in_parameters = any(first < i < last for first, last in self.parameters)
+        # Elsewhere `(T * x)` is a product.
+        return left in ("(", ",") and (in_parameters or self._in_lambda_parameters(start))
+
+    def _in_lambda_parameters(self, at: int) -> bool:
+        while at > 0 and self.tokens[at].text not in ("(", ";", "{", "}"):
+            at = (self.source.opening(at) if self.tokens[at].text in (")", "]") else at) - 1
+        return self.tokens[at].text == "(" and self.tokens[at - 1].text == "]"
 
     def _may_declare(self, i: int) -> bool:
         """Is this ``*`` or ``&`` after a type and before what is declared?"""
@@ -152,26 +198,26 @@ class _Tokens:
             return False
         if after.kind == "name" and after.text not in ("const", "operator"):
             return then.text in (";", ",", ")", "=", "[", "(", "{")
-        return after.text in (")", ",") or after.text == "const"
+        return after.text in (")", ",", ">", ";") or after.text == "const"
 
-    def _specifiers(self, at: int) -> tuple[set[str], str]:
-        """The words of a declaration that end at ``at``, and the sign before them."""
+    def _specifiers(self, at: int) -> tuple[set[str], int]:
+        """The words of a declaration that end at ``at``, and the token before them: -1 for none."""
         words: set[str] = set()
         while at >= 0:
             token = self.tokens[at]
             if token.text in (">", "]"):
                 opening = self.source.opening(at)
                 if opening in (at, 0):
-                    return words, token.text
+                    return words, at
                 if self.tokens[opening - 1].text == "template":
-                    return words, ";"
+                    return words, -1
                 at = opening
             elif token.kind == "name":
                 words.add(token.text)
             elif token.text != "::":
-                return words, token.text
+                return words, at
             at -= 1
-        return words, ";"
+        return words, -1
 
     def _function(self, function: Function) -> None:
         for first, name_at, last in threadgroup_variables(self.source, function):
@@ -179,9 +225,51 @@ class _Tokens:
                 self.refuse(first, "a threadgroup variable can only be declared in a kernel")
             elif any(self.tokens[i].text in ("=", "{") for i in range(name_at, last)):
                 self.refuse(first, "a threadgroup variable cannot have an initialiser")
+            elif self._in_lambda(first, function.body[0]):
+                self.refuse(first, "a threadgroup variable can only be declared in a kernel, not in a lambda")
         if function.kernel:
-            for first, end in split_parameters(self.source, function):
-                self._kernel_parameter(first, end)
+            self._kernel(function)
+
+    def _in_lambda(self, at: int, start: int) -> bool:
+        """Whether a brace that is open at ``at``, within the body from ``start`` on, is a lambda's."""
+        while (at := at - 1) > start:
+            text = self.tokens[at].text
+            if text in (")", "]", "}"):
+                at = self.source.opening(at)
+            elif text == "{":
+                before = at - 1
+                while self.tokens[before].kind == "name" or self.tokens[before].text in ("->", "::"):
+                    before -= 1
+                if self.tokens[before].text == ")":
+                    before = self.source.opening(before) - 1
+                if self.tokens[before].text == "]":
+                    return True
+        return False
+
+    def _kernel(self, function: Function) -> None:
+        head = range(function.first, function.name)
+        if "void" not in {self.tokens[i].text for i in head}:
+            self.refuse(function.name, "a kernel must return void")
+        taken: dict[tuple[str, int], bool] = {}
+        for first, end in split_parameters(self.source, function):
+            self._kernel_parameter(first, end)
+            found = {name: argument for name, argument, _ in attributes(self.source, first, end)}
+            for kind in {"buffer", "threadgroup"} & found.keys():
+                self._index(first, kind, found[kind], "function_constant" in found, taken)
+
+    def _index(
+        self, at: int, kind: str, argument: str, optional: bool, taken: dict[tuple[str, int], bool]
+    ) -> None:
+        """``optional``: a function constant may take the parameter away, and another have its index."""
+        if not re.fullmatch(r"0[xX][\da-fA-F]+|\d+", argument):
+            self.refuse(at, f"the emulator wants a number in [[{kind}({argument})]]")
+            return
+        index = int(argument, 0)
+        if index >= _INDICES:
+            self.refuse(at, f"[[{kind}({index})]] must be between 0 and {_INDICES - 1}")
+        if (kind, index) in taken and not (optional and taken[kind, index]):
+            self.refuse(at, f"[[{kind}({index})]] is taken by another parameter")
+        taken[kind, index] = optional
 
     def _kernel_parameter(self, first: int, end: int) -> None:
         texts = [self.tokens[i].text for i in range(first, end)]
@@ -189,17 +277,46 @@ class _Tokens:
         bracket = next((i for i, text in enumerate(texts[:-1]) if text == texts[i + 1] == "["), len(texts))
         declared = texts[:bracket]
         if {"*", "&", "["} & set(declared):
-            if not {"device", "constant", "threadgroup"} & set(declared):
+            spaces = {"device", "constant", "threadgroup"} & set(declared)
+            if not spaces:
                 self.refuse(first, "a kernel's buffer must be device, constant or threadgroup")
+            elif "buffer" in named and spaces == {"threadgroup"}:
+                self.refuse(first, "threadgroup memory takes [[threadgroup(index)]], not [[buffer(index)]]")
+            elif "threadgroup" in named and spaces != {"threadgroup"}:
+                self.refuse(first, "a buffer takes [[buffer(index)]], not [[threadgroup(index)]]")
+        elif "buffer" in named or "threadgroup" in named:
+            self.refuse(first, "a kernel's buffer must be a pointer or a reference")
         elif declared and declared != ["void"] and not named:
             self.refuse(first, "a kernel's parameter needs an attribute, or to be a buffer")
+        else:
+            self._builtin(first, declared, named)
+
+    def _builtin(self, first: int, declared: list[str], named: set[str]) -> None:
+        """Positions and sizes are uint or ushort, or vectors of them."""
+        types = [text for text in declared[:-1] if text not in ("const", "metal", "::")]
+        if len(types) != 1 or not is_builtin_type(types[0]):
+            return  # an alias, of which the compiler knows more
+        for name in named & BUILTINS.keys():
+            allowed = {"uint", "ushort", "uint32_t", "uint16_t", "unsigned"}
+            if BUILTINS[name] == 3:
+                allowed |= {f"{element}{lanes}" for element in ("uint", "ushort") for lanes in (2, 3)}
+            if types[0] not in allowed:
+                self.refuse(first, f"[[{name}]] must be one of {', '.join(sorted(allowed))}")
+
+
+def _is_long_double(number: str) -> bool:
+    return number[-1] in "lL" and _FLOAT.fullmatch(number[:-1]) is not None
+
+
+_BFLOAT = r"'[^']*\b(?:__bf16|bfloat|bfloat16_t)\b[^']*'(?: \(aka '__bf16'\))?"
 
 
 def is_refused(warning: str) -> bool:
-    """Whether a warning of the front end is an error in Metal: float that becomes bfloat must say so; int
-    may not."""
+    """Whether a warning of the front end is an error in Metal: float that becomes bfloat must say so, and
+    bfloat that becomes half; int may not."""
     return bool(
-        re.search(r"loses floating-point precision: .* to '[^']*\b(?:__bf16|bfloat|bfloat16_t)\b", warning)
+        re.search(rf"loses floating-point precision: .* to {_BFLOAT}", warning)
+        or re.search(rf"increases floating-point precision: {_BFLOAT} to '[^']*\bhalf\b", warning)
     )
 
 
@@ -215,11 +332,13 @@ def reword(message: str) -> str:
         ("msl_make", "vector constructor"),
     ):
         message = message.replace(opencl, metal)
+    message = re.sub(r"^static assertion failed due to requirement '.*': ", "", message)
     return re.sub(r" \[-W[\w-]+\]$", "", message)
 
 
 def check_ir(text: str) -> list[Refusal]:
-    """Recursion, and calls of functions that are known at run time only."""
+    """Recursion, calls of functions that are known at run time only, methods of objects in device or
+    threadgroup memory that do not say so, and casts of vectors that keep the bits."""
     module = Module(text)
     bodies = {body.name: body for body in module.bodies}
     calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
@@ -236,7 +355,45 @@ def check_ir(text: str) -> list[Refusal]:
                 callee == name and _is_loop(module, bodies[name], line)
             ):
                 found.append(_at(module, line, "recursive function calls are not supported in Metal"))
+    return [*found, *_casts(module), *_methods(module, bodies)]
+
+
+_VECTOR_CAST = re.compile(r" = bitcast <(\d+) x \w+> %[\w.]+ to <(\d+) x \w+>")
+
+
+def _casts(module: Module) -> list[Refusal]:
+    """A cast to a type parameter that is a vector of other elements: Metal converts, the compiler here would
+    not."""
+    message = "a cast to a vector type that is a template's parameter is not supported by the emulator"
+    found = (i for i, line in enumerate(module.lines) if (m := _VECTOR_CAST.search(line)) and m[1] == m[2])
+    refusals = [_at(module, i, message) for i in found]
+    return [refusal for refusal in refusals if not refusal[0].startswith(OWN)]
+
+
+_METHOD_CALL = re.compile(r"call [^@]*@(_ZNU9CLgeneric\w+)\(ptr addrspace\(4\) [^%,]*(%[\w.]+)")
+_SPECIAL = re.compile(r"(C\d|aS)E")  # constructors, and assignment as the compiler makes it
+
+
+def _methods(module: Module, bodies: dict[str, Body]) -> list[Refusal]:
+    """What a method without an address space is called on must be a thread's own."""
+    found = []
+    for body in module.bodies:
+        spaces: dict[str, str] = {}
+        for i in range(body.first + 1, body.last):
+            line = module.lines[i]
+            if cast := _SPACE_CAST.match(line):
+                spaces[cast[1]] = _SPACE_NAMES[cast[2]]
+            elif (call := _METHOD_CALL.search(line)) and call[2] in spaces and call[1] in bodies:
+                method = module.file_of(bodies[call[1]].first)
+                if not method.startswith(OWN) and not _SPECIAL.search(call[1]):
+                    space = spaces[call[2]]
+                    message = f"the method is not marked {space}, and the object is in {space} memory"
+                    found.append(_at(module, i, message))
     return found
+
+
+_SPACE_CAST = re.compile(r"\s*(%[\w.]+) = addrspacecast ptr addrspace\(([13])\) \S+ to ptr addrspace\(4\)")
+_SPACE_NAMES = {"1": "device", "3": "threadgroup"}
 
 
 def _reaches(calls: dict[str, list[tuple[str, int]]], start: str, goal: str) -> bool:

@@ -25,7 +25,10 @@ class Function:
 
 @dataclass(frozen=True)
 class Instantiation:
-    """``template [[host_name("host")]] [[kernel]] decltype(of) of;``, tokens ``first`` to ``last``."""
+    """``template [[host_name("host")]] [[kernel]] TYPE of;``, tokens ``first`` to ``last``.
+
+    TYPE is ``decltype(of)`` or an alias of it, or ``void`` with the parameters after the name.
+    """
 
     host: str
     of: str
@@ -54,6 +57,10 @@ class Structure:
     vector_aliases: set[str] = field(default_factory=set)
     bodies: list[tuple[str, int, int]] = field(default_factory=list)  # of classes: name, tokens { and }
     globals: list[tuple[int, int]] = field(default_factory=list)  # declarations outside functions and classes
+    templates: list[tuple[int, int]] = field(default_factory=list)  # tokens < and > of their parameters
+
+    def in_template_parameters(self, token: int) -> bool:
+        return any(first < token < last for first, last in self.templates)
 
 
 _CLASS = ("struct", "class", "union")
@@ -83,6 +90,8 @@ class _Reader:
                     found.types.add(after.text)
                 elif i and tokens[i - 1].text in ("<", ",") and tokens[i + 2].text in (",", ">", "="):
                     found.types.add(after.text)
+            elif text == "template" and tokens[i + 1].text == "<":
+                found.templates.append((i + 1, self.source.closing(i + 1)))
             elif text == "using" and tokens[i + 2].text == "=":
                 found.types.add(tokens[i + 1].text)
                 self._alias(tokens[i + 1].text, i + 3)
@@ -254,12 +263,14 @@ class _Reader:
             for i in range(host_at, self.source.closing(host_at + 1))
             if tokens[i].kind == "text"
         )
-        at = next((i for i in range(first, end) if tokens[i].text == "decltype"), None)
-        if at is None:
-            return
-        closing = self.source.closing(at + 1)
-        of = self.source.text[tokens[at + 2].start : tokens[closing - 1].end]
-        self.found.instantiations.append(Instantiation(host, of, first, end))
+        for i in self._outside_brackets(first + 1, end):
+            if tokens[i].kind != "name" or tokens[i + 1].text != "<":
+                continue
+            closing = self.source.closing(i + 1)
+            if tokens[closing + 1].text in ("(", ";"):
+                of = self.source.text[tokens[i].start : tokens[closing].end]
+                self.found.instantiations.append(Instantiation(host, of, first, end))
+                return
 
 
 _ELEMENTS = (

@@ -8,9 +8,10 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from .lexer import Source
-from .structure import Function, FunctionConstant, Structure, is_vector
+from .structure import Function, FunctionConstant, Structure, is_builtin_type, is_vector
 
 _SPACES = ("device", "constant", "threadgroup", "thread")
 _NARROW = {
@@ -20,6 +21,17 @@ _NARROW = {
     "float16_t": "msl_to_half",
 }
 _TYPE_WORDS = ("const", "volatile", "typename", "unsigned", "signed")
+
+
+# No brackets inside: `alignas(alignof(T))` is for the compiler, and is not for threadgroup variables.
+_ALIGNAS = re.compile(r"alignas\s*\(([^()]*)\)")
+
+
+class Translated(NamedTuple):
+    """C++ for OpenCL, and the names of the threadgroup variables: the first is number 1."""
+
+    text: str
+    variables: tuple[str, ...]
 
 
 class _Edits:
@@ -51,10 +63,10 @@ class _Translator:
         self.values = constants
         self.edits = _Edits(source.text)
         self.constants = {c.name: c for c in structure.constants}
-        self.variables = 0
+        self.variables: list[str] = []
         self.bodies = sorted(f.body for f in structure.functions if f.body != (0, 0))
 
-    def run(self) -> str:
+    def run(self) -> Translated:
         for constant in self.structure.constants:
             self._function_constant(constant)
         for made in self.structure.instantiations:
@@ -69,11 +81,14 @@ class _Translator:
         for i, token in enumerate(self.tokens):
             if token.kind == "name":
                 self._name(i, token.text)
+            elif token.text == "(":
+                self._cast(i)
+                self._function_parameter(i)
             elif token.kind == "number" and token.text.endswith(("bf", "BF")) and "x" not in token.text:
                 self.edits.replace(token.start, token.end, f"((bfloat){token.text[:-2]}f)")
         for pragma in self.source.pragmas:
             self._pragma(pragma.start, pragma.end, pragma.text)
-        return self.edits.result()
+        return Translated(self.edits.result(), tuple(self.variables))
 
     def value(self, constant: FunctionConstant) -> str | None:
         """The value given for a function constant, as C++; None if there is none."""
@@ -113,8 +128,87 @@ class _Translator:
             and self.tokens[i - 1].text not in ("operator", ".", "->", "~")
         ):
             self.edits.replace(self.tokens[i].start, self.tokens[i].end, _NARROW[text])
+        elif text == "static_cast" and (type_end := self._vector_type(i + 2)):
+            kind = _words(self.source.text[self.tokens[i + 2].start : self.tokens[type_end - 1].end])
+            self.edits.replace(self.tokens[i].start, self.tokens[type_end].end, f"msl_make<{kind}>")
         elif text == "static_cast" and self.tokens[i + 3].text == ">":
             self._static_cast(i)
+        elif text in self.structure.classes:
+            self._copy_class(i)
+
+    def _vector_type(self, i: int) -> int:
+        """The token after a vector type at ``i``; 0 if there is none."""
+        tokens = self.tokens
+        if tokens[i].text == "metal" and tokens[i + 1].text == "::":
+            i += 2
+        if is_vector(tokens[i].text) or tokens[i].text in self.structure.vector_aliases:
+            return i + 1
+        return self.source.closing(i + 1) + 1 if [t.text for t in tokens[i : i + 2]] == ["vec", "<"] else 0
+
+    def _cast(self, i: int) -> None:
+        """``(float4)v`` becomes ``msl_make<float4>(v)``: the compiler's own cast would keep the bits."""
+        tokens = self.tokens
+        end = self._vector_type(i + 1)
+        before = tokens[i - 1]
+        if not end or tokens[end].text != ")" or (before.kind == "name" and before.text != "return"):
+            return
+        after = tokens[end + 1]
+        if after.kind == "sign" and after.text not in ("(", "-", "+", "~", "!", "*"):
+            return
+        kind = _words(self.source.text[tokens[i + 1].start : tokens[end - 1].end])
+        self.edits.replace(tokens[i].start, tokens[end].end, f"msl_make<{kind}>(")
+        if after.text == "(":
+            self._truth(end + 1)
+        operand_end = tokens[self._operand(end + 1)].end
+        self.edits.replace(operand_end, operand_end, ")")
+
+    def _function_parameter(self, i: int) -> None:
+        """``template <void (*f)(int)>``: the pointer would be one to generic memory; a reference is not."""
+        star, *rest = self.tokens[i + 1 : i + 5]
+        named = star.text == "*" and [t.text for t in rest[1:]] == [")", "("]
+        if named and self.structure.in_template_parameters(i):
+            self.edits.replace(star.start, star.end, "&")
+
+    def _operand(self, i: int) -> int:
+        """The last token of what a cast before ``i`` applies to."""
+        tokens, source = self.tokens, self.source
+        while tokens[i].text in ("-", "+", "~", "!", "*", "&", "++", "--"):
+            i += 1
+        if tokens[i].text == "(":
+            closing = source.closing(i)
+            of_types = closing - i == 2 and is_builtin_type(tokens[i + 1].text)
+            if of_types or self._vector_type(i + 1) == closing:
+                return self._operand(closing + 1)  # another cast
+            i = closing
+        while True:
+            following = tokens[i + 1].text
+            if following in ("::", ".", "->"):
+                i += 2
+            elif following in ("(", "[") or (following == "<" and self._is_template(i + 1)):
+                i = source.closing(i + 1)
+            elif following in ("++", "--"):
+                i += 1
+            else:
+                return i
+
+    def _is_template(self, i: int) -> bool:
+        """Whether the ``<`` at ``i`` opens template arguments, in an expression."""
+        return self.tokens[self.source.closing(i) + 1].text in ("(", "::")
+
+    def _copy_class(self, i: int) -> None:
+        """``S a = b;`` in a body becomes ``S a = msl_copy(b);``: b may be in constant memory."""
+        tokens = self.tokens
+        at = i + 1
+        if tokens[at].text == "<":
+            at = self.source.closing(at) + 1
+        if tokens[at].kind != "name" or tokens[at + 1].text != "=" or not self._in_body(i):
+            return
+        end = at + 2
+        while tokens[end].text not in (";", ",", "{", "}"):
+            end = self.source.closing(end) + 1 if tokens[end].text in ("(", "[") else end + 1
+        if tokens[end].text == ";":
+            self.edits.replace(tokens[at + 1].end, tokens[at + 1].end, " msl_copy(")
+            self.edits.replace(tokens[end].start, tokens[end].start, ")")
 
     def _static_cast(self, i: int) -> None:
         """Half and bfloat, which a template's types may be, convert into each other by way of float."""
@@ -175,6 +269,24 @@ class _Translator:
             return
         start, end = self.tokens[first].start, self.tokens[last].end
         self.edits.replace(start, end, f"msl_make<{self.source.text[start:end]}>".replace("\n", " "))
+        self._truth(last + 1)
+
+    def _truth(self, opening: int) -> None:
+        """``float4(a < b)``: lanes are 0 and 1, where the compiler's comparison gives 0 and -1."""
+        tokens = self.tokens
+        closing = self.source.closing(opening)
+        at, compares = opening + 1, False
+        while at < closing:
+            text = tokens[at].text
+            if text in ("(", "[", "{") or (text == "<" and self._is_template(at)):
+                at = self.source.closing(at)
+            elif text in (",", "?"):
+                return
+            compares = compares or text in ("<", ">", "<=", ">=", "==", "!=")
+            at += 1
+        if compares:
+            self.edits.replace(tokens[opening].end, tokens[opening].end, "msl_truth(")
+            self.edits.replace(tokens[closing].start, tokens[closing].start, ")")
 
     def _thread(self, i: int) -> None:
         """Temporaries have no address space here: what must take them loses its ``thread``."""
@@ -251,7 +363,14 @@ class _Translator:
 
     def _threadgroup_variable(self, first: int, name_at: int, last: int) -> None:
         tokens = self.tokens
+        start, aligned = first, ""
+        if tokens[first - 1].text == ")":  # alignas before it
+            start = self.source.opening(first - 1) - 1
+            aligned = self.source.text[tokens[start].start : tokens[first].start]
         type_text = _words(self.source.text[tokens[first + 1].start : tokens[name_at].start])
+        if found := _ALIGNAS.search(type_text):
+            aligned, type_text = found[0], _ALIGNAS.sub("", type_text)
+        least = found[1] if (found := _ALIGNAS.search(aligned)) else "1"
         out = ""
         at = name_at
         while at < last:
@@ -260,15 +379,16 @@ class _Translator:
             while tokens[end].text == "[":
                 end = self.source.closing(end) + 1
             extent = _words(self.source.text[tokens[at].end : tokens[end].start])
-            self.variables += 1
-            alias = f"msl_threadgroup_type_{self.variables}"
+            self.variables.append(name)
+            number = len(self.variables)
+            alias = f"msl_threadgroup_type_{number}"
             out += (
                 f"using {alias} = {type_text}{extent}; threadgroup {alias}& {name} = "
                 f"*(threadgroup {alias}*)msl_threadgroup_variable("
-                f"{self.variables}, sizeof({alias}), alignof({alias}), 0); "
+                f"{number}, sizeof({alias}), msl_larger(alignof({alias}), {least}), 0); "
             )
             at = end + 1
-        self.edits.replace(tokens[first].start, tokens[last].end, self._constructs_in(out))
+        self.edits.replace(tokens[start].start, tokens[last].end, self._constructs_in(out))
 
     def _constructs_in(self, text: str) -> str:
         return re.sub(r"\bvec\s*<\s*bool\s*,\s*(\d)\s*>", r"bool\1", text)
@@ -327,7 +447,7 @@ def _declared_name(source: Source, first: int, end: int) -> int | None:
     return name
 
 
-def translate(source: Source, structure: Structure, constants: Mapping[int | str, object]) -> str:
+def translate(source: Source, structure: Structure, constants: Mapping[int | str, object]) -> Translated:
     """``source`` as C++ for OpenCL.
 
     Args:

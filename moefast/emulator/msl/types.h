@@ -1,6 +1,8 @@
 // Address spaces, scalars and vectors of the Metal Shading Language, said in C++ for OpenCL.
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #pragma OPENCL EXTENSION __cl_clang_bitfields : enable
+// For functions as template arguments; strict.py refuses other pointers to them.
+#pragma OPENCL EXTENSION __cl_clang_function_pointers : enable
 
 #define device __global
 #define constant __constant
@@ -140,19 +142,31 @@ struct msl_bool_vector : msl_lanes<bool, N> {
       r.lane[i] = !lane[i];
     return r;
   }
-  msl_bool_vector operator&&(msl_bool_vector o) const {
-    msl_bool_vector r;
-    for (int i = 0; i < N; i++)
-      r.lane[i] = lane[i] && o.lane[i];
-    return r;
-  }
-  msl_bool_vector operator||(msl_bool_vector o) const {
-    msl_bool_vector r;
-    for (int i = 0; i < N; i++)
-      r.lane[i] = lane[i] || o.lane[i];
-    return r;
-  }
 };
+#define MSL_BOOL_OPERATOR(op)                                                             \
+  template <int N>                                                                        \
+  MSL_INLINE msl_bool_vector<N> operator op(msl_bool_vector<N> a, msl_bool_vector<N> b) { \
+    msl_bool_vector<N> r;                                                                 \
+    for (int i = 0; i < N; i++)                                                           \
+      r.lane[i] = a.lane[i] op b.lane[i];                                                 \
+    return r;                                                                             \
+  }                                                                                       \
+  template <typename T, int N>                                                            \
+  MSL_INLINE msl_bool_vector<N> operator op(msl_bool_vector<N> a, metal::vec<T, N> b) {   \
+    return a op msl_bool_vector<N>(b);                                                    \
+  }                                                                                       \
+  template <typename T, int N>                                                            \
+  MSL_INLINE msl_bool_vector<N> operator op(metal::vec<T, N> a, msl_bool_vector<N> b) {   \
+    return msl_bool_vector<N>(a) op b;                                                    \
+  }
+MSL_BOOL_OPERATOR(&&)
+MSL_BOOL_OPERATOR(||)
+MSL_BOOL_OPERATOR(&)
+MSL_BOOL_OPERATOR(|)
+MSL_BOOL_OPERATOR(^)
+MSL_BOOL_OPERATOR(==)
+MSL_BOOL_OPERATOR(!=)
+#undef MSL_BOOL_OPERATOR
 typedef msl_bool_vector<2> bool2;
 typedef msl_bool_vector<3> bool3;
 typedef msl_bool_vector<4> bool4;

@@ -165,6 +165,16 @@ MSL_INLINE V msl_make(A a, B b, Rest... rest) {
   return v;
 }
 
+// What a comparison gave, as bools: of vectors the compiler makes integers of all bits.
+template <typename T>
+MSL_INLINE T msl_truth(T x) {
+  return x;
+}
+template <typename T, int N>
+MSL_INLINE msl_bool_vector<N> msl_truth(vec<T, N> x) {
+  return msl_bool_vector<N>(x);
+}
+
 // Half and bfloat convert into each other only by way of float; translate.py writes these for
 // bfloat(x) and half(x).
 template <typename T>
@@ -198,6 +208,10 @@ MSL_INLINE To as_type(From from) {
 }
 }  // namespace metal
 using metal::as_type;
+
+MSL_INLINE constexpr uint msl_larger(uint a, uint b) {
+  return a > b ? a : b;
+}
 
 // A copy of `from`, which may be in constant memory too: the copy constructors of the language take
 // a generic reference, to which constant memory does not convert. translate.py writes it where a
