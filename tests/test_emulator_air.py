@@ -264,6 +264,80 @@ def test_arguments_are_known_when_compiled() -> None:
         air.load(library, "k", {3: True, 4: 1.0})
 
 
+MATRIX_AIR = """
+declare <64 x {kind}> @air.simdgroup_matrix_8x8_load.v64{name}.p1{name}(ptr addrspace(1), i64, <2 x i64>, i1)
+declare <64 x {kind}> @air.simdgroup_matrix_8x8_init_filled.v64{name}.{name}({kind})
+declare <64 x {kind}> @air.simdgroup_matrix_8x8_multiply_accumulate.v64{name}.v64{name}.v64{name}.v64{name}(<64 x {kind}>, <64 x {kind}>, <64 x {kind}>)
+declare void @air.simdgroup_matrix_8x8_store.v64{name}.p1{name}(<64 x {kind}>, ptr addrspace(1), i64, <2 x i64>, i1)
+define void @k(ptr addrspace(1) %0, ptr addrspace(1) %1) {{
+  %3 = call <64 x {kind}> @air.simdgroup_matrix_8x8_load.v64{name}.p1{name}(ptr addrspace(1) %0, i64 13, <2 x i64> <i64 3, i64 2>, i1 false)
+  %4 = call <64 x {kind}> @air.simdgroup_matrix_8x8_load.v64{name}.p1{name}(ptr addrspace(1) %0, i64 13, <2 x i64> <i64 1, i64 0>, i1 true)
+  %5 = call <64 x {kind}> @air.simdgroup_matrix_8x8_init_filled.v64{name}.{name}({kind} 2.5)
+  %6 = call <64 x {kind}> @air.simdgroup_matrix_8x8_multiply_accumulate.v64{name}.v64{name}.v64{name}.v64{name}(<64 x {kind}> %3, <64 x {kind}> %4, <64 x {kind}> %5)
+  call void @air.simdgroup_matrix_8x8_store.v64{name}.p1{name}(<64 x {kind}> %6, ptr addrspace(1) %1, i64 9, <2 x i64> <i64 1, i64 1>, i1 {transposed})
+  ret void
+}}
+!air.kernel = !{{!0}}
+!0 = !{{ptr @k, !1, !2}}
+!1 = !{{}}
+!2 = !{{!3, !4}}
+!3 = !{{i32 0, !"air.buffer", !"air.location_index", i32 0, i32 1, !"air.read", !"air.address_space", i32 1, !"air.arg_type_size", i32 {bytes}, !"air.arg_type_align_size", i32 {bytes}, !"air.arg_name", !"x"}}
+!4 = !{{i32 1, !"air.buffer", !"air.location_index", i32 1, i32 1, !"air.read_write", !"air.address_space", i32 1, !"air.arg_type_size", i32 {bytes}, !"air.arg_type_align_size", i32 {bytes}, !"air.arg_name", !"y"}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"), [("float", "f32", np.float32), ("half", "f16", np.float16)]
+)
+def test_matrices_of_a_simdgroup(kind: str, name: str, dtype: Any, transposed: bool) -> None:
+    library: Any = Text()
+    library.text = MATRIX_AIR.format(
+        kind=kind, name=name, transposed=str(transposed).lower(), bytes=dtype().itemsize
+    )
+    kernel = air.load(library, "k")
+    x = np.random.default_rng(0).integers(-4, 5, (10, 13)).astype(dtype)
+    expected = np.zeros((9, 9), dtype)
+    product = x[2:10, 3:11] @ x[:8, 1:9].T + dtype(2.5)
+    expected[1:, 1:] = product.T if transposed else product
+    for mode in ("run", "check"):
+        y = np.zeros((9, 9), dtype)
+        result = emulator.launch(kernel, {0: x, 1: y}, (32, 1, 1), (32, 1, 1), mode=mode)
+        np.testing.assert_array_equal(result.buffers[1], expected)
+    assert result.counters.buffers["y"].stored == 64 * x.itemsize
+    short = emulator.launch(
+        kernel, {0: x[:9].copy(), 1: y}, (32, 1, 1), (32, 1, 1), mode="check", raises=False
+    )
+    assert {found.kind for found in short.findings} == {"device-read-out-of-bounds"}
+
+
+LARGE_AIR = """
+define void @k(ptr addrspace(1) %0) #0 {
+  %2 = alloca [1048576 x i8]
+  %3 = load i64, ptr addrspace(1) %0
+  %4 = getelementptr i8, ptr %2, i64 %3
+  store volatile i8 1, ptr %4
+  %5 = load volatile i8, ptr %2
+  store i8 %5, ptr addrspace(1) %0
+  ret void
+}
+attributes #0 = { nounwind }
+!air.kernel = !{!0}
+!0 = !{ptr @k, !1, !2}
+!1 = !{}
+!2 = !{!3}
+!3 = !{i32 0, !"air.buffer", !"air.location_index", i32 0, i32 1, !"air.read_write", !"air.address_space", i32 1, !"air.arg_type_size", i32 8, !"air.arg_type_align_size", i32 8, !"air.arg_name", !"y"}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
+def test_variables_larger_than_the_stack(mode: Any) -> None:
+    library: Any = Text()
+    library.text = LARGE_AIR
+    with pytest.raises(emulator.EmulatorError, match=r"more than \d+ bytes of variables"):
+        emulator.launch(air.load(library, "k"), [np.zeros(1, np.uint64)], (1, 1, 1), (1, 1, 1), mode=mode)
+
+
 def test_unknown_kernel_names_its_likes(metallib: Metallib) -> None:
     with pytest.raises(KeyError, match="vv_Addfloat32"):
         metallib.bitcode("vv_Adfloat32")

@@ -63,9 +63,9 @@ def _host(text: str) -> str:
     text = re.sub(r"^@llvm\.global_ctors = appending global \[0 x .*$", "", text, flags=re.MULTILINE)
     text = re.sub(r' section "air\.[\w.]+"|, section "air\.[\w.]+"', "", text)
     text = re.sub(r'"air-[\w-]+"(?:="[^"]*")?', "", text)
-    # As in pipeline.py: a launch decides.
-    decided = r'\1 "denormal-fp-math"="dynamic,dynamic"'
-    return re.sub(r"^(attributes #\d+ = \{)", decided, text, flags=re.MULTILINE)
+    # As in pipeline.py: a launch decides of denormals, and a large frame touches the guard of the stack.
+    as_sources = r'\1 "denormal-fp-math"="dynamic,dynamic" "probe-stack"="inline-asm"'
+    return re.sub(r"^(attributes #\d+ = \{)", as_sources, text, flags=re.MULTILINE)
 
 
 _SHARED = re.compile(r"^(@[\w.$-]+|@\"[^\"]+\") = .*addrspace\(3\) global (.+)$")

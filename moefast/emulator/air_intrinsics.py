@@ -341,8 +341,30 @@ class _Intrinsic:
         pair = self.emit(f"insertelement <2 x {element}> {pair}, {element} {second}, i32 1")
         return self._in_memory(f"<2 x {element}>", pair)
 
+    def _of_pair(self, values: list[str]) -> str:
+        """A matrix of which a lane holds two elements."""
+        matrix = "poison"
+        for lane, value in enumerate(values):
+            matrix = self.emit(
+                f"insertelement {self.result} {matrix}, {_element(self.result)} {value}, i32 {lane}"
+            )
+        return matrix
+
     def _matrix(self) -> str:
-        if not self.operation.endswith("multiply_accumulate"):
+        operation = self.operation.removeprefix("simdgroup_matrix_8x8_")
+        if operation == "init_filled":
+            return self._of_pair(["%0", "%0"])
+        if operation == "load":
+            kind, space = _element(self.result), self.arguments[0]
+            places = self._matrix_places(kind, "%0", space, 1)
+            return self._of_pair([self.emit(f"load {kind}, {space} {place}") for place in places])
+        if operation == "store":
+            kind = _element(self.arguments[0])
+            for lane, place in enumerate(self._matrix_places(kind, "%1", self.arguments[1], 2)):
+                value = self.emit(f"extractelement {self.arguments[0]} %0, i32 {lane}")
+                self.lines.append(f"  store {kind} {value}, {self.arguments[1]} {place}")
+            return ""
+        if operation != "multiply_accumulate":
             raise UnknownIntrinsicError(f"[air] {self.name} is not supplied by the emulator.")
         element = _element(self.result)
         slots = [self._pair(kind, f"%{i}") for i, kind in enumerate(self.arguments)]
@@ -350,11 +372,33 @@ class _Intrinsic:
         names = "_".join(suffix.removeprefix("v64") for suffix in self.suffixes)
         self.call("void", f"msl_air_matrix_{names}", *slots, f"ptr {out}")
         pair = self.emit(f"load <2 x {element}>, ptr {out}")
-        value = "poison"
-        for lane in (0, 1):
-            one = self.emit(f"extractelement <2 x {element}> {pair}, i32 {lane}")
-            value = self.emit(f"insertelement {self.result} {value}, {element} {one}, i32 {lane}")
-        return value
+        return self._of_pair(
+            [self.emit(f"extractelement <2 x {element}> {pair}, i32 {lane}") for lane in (0, 1)]
+        )
+
+    def _matrix_places(self, kind: str, pointer: str, space: str, first: int) -> list[str]:
+        """Pointers to the elements that a lane holds.
+
+        From argument ``first`` on: elements in a row, origin, whether transposed.
+        The memory is accessed here, not in msl/air.h, so that check mode sees it.
+        """
+        out = self.emit("alloca <2 x i32>, align 16")
+        self.call("void", "msl_air_matrix_place", f"ptr {out}")
+        held = self.emit(f"load <2 x i32>, ptr {out}")
+        row, column = (
+            self.emit(f"zext i32 {self.emit(f'extractelement <2 x i32> {held}, i32 {i}')} to i64")
+            for i in (0, 1)
+        )
+        x, y = (self.emit(f"extractelement <2 x i64> %{first + 1}, i32 {i}") for i in (0, 1))
+        places = []
+        for i in (0, 1):
+            along = self.emit(f"add i64 {column}, {i}")
+            y_at = self.emit(f"select i1 %{first + 2}, i64 {along}, i64 {row}")
+            x_at = self.emit(f"select i1 %{first + 2}, i64 {row}, i64 {along}")
+            skipped = self.emit(f"mul i64 {self.emit(f'add i64 {y_at}, {y}')}, %{first}")
+            at = self.emit(f"add i64 {skipped}, {self.emit(f'add i64 {x_at}, {x}')}")
+            places.append(self.emit(f"getelementptr {kind}, {space} {pointer}, i64 {at}"))
+        return places
 
     def _atomic(self) -> str:
         """``air.atomic.global.add.u.i32(pointer, value, order, scope, volatile)``, and its kin."""

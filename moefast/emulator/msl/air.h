@@ -90,6 +90,14 @@ extern "C" __attribute__((convergent, noinline)) void msl_air_simd_ballot(const 
   *out = (ulong)metal::simd_ballot(*yes);
 }
 
+// Row and first column of what the lane holds of a matrix, which all lanes load or store.
+extern "C" __attribute__((convergent, noinline)) void msl_air_matrix_place(thread uint2* out) {
+  MSL_HERE;
+  msl_meet(0u, msl_op_matrix_load);
+  metal::msl_matrix_place at;
+  (*out)[0] = at.row;
+  (*out)[1] = at.column;
+}
 #define MSL_AIR_MATRIX(D, DT, A, AT, B, BT, C, CT)                                                \
   extern "C" __attribute__((convergent, noinline)) void msl_air_matrix_##D##_##A##_##B##_##C(     \
       const thread AT##2 * a, const thread BT##2 * b, const thread CT##2 * c, thread DT##2 * d) { \
