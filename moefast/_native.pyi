@@ -20,6 +20,7 @@ class Operator:
     indices out of range do when they are evaluated."""
 
     def matmul(self, x: mx.array, weights: Weights, /) -> mx.array: ...
+    def matmuls(self, x: mx.array, weights: Weights, /) -> list[mx.array]: ...
     def switch_glu(self, x: mx.array, indices: mx.array, weights: Weights, /) -> mx.array: ...
     def experts(self, x: mx.array, indices: mx.array, mix: mx.array, weights: Weights, /) -> mx.array: ...
     def route(
@@ -38,6 +39,9 @@ class Operator:
     def matmul_of(
         self, x: mx.array, layer: object, type: type, low: int, high: int, /
     ) -> mx.array | None: ...
+    def matmuls_of(
+        self, x: mx.array, layers: tuple[object, ...], types: tuple[type, ...], low: int, high: int, /
+    ) -> list[mx.array] | None: ...
     def moe_of(
         self,
         x: mx.array,
@@ -56,7 +60,7 @@ def plan(
     dtypes: Sequence[str | None],
     *,
     spec: RouterSpec | None = None,
-    layout: Layout | ExpertLayout | None = None,
+    layout: Layout | ExpertLayout | tuple[Layout, ...] | None = None,
     shared: ExpertLayout | None = None,
     shared_gate: Layout | None = None,
     combine_dtype: str | None = None,

@@ -125,7 +125,7 @@ def _problems(tokens: int) -> list[Problem]:
         _experts_problem("switch_glu", x, dtype, layout, routes, None, None, device),
         _experts_problem("experts", x, dtype, layout, routes, (routes[0], dtype), None, device),
         _moe_problem(x, dtype, logits, dtype, _SPEC, layout, shared.layout, None, None, None, device),
-        _matmul_problem(x, dtype, shared.up.layout, device),
+        _matmul_problem("quantized_matmul", x, dtype, (shared.up.layout,), device),
     ]
 
 

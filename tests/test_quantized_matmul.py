@@ -10,6 +10,7 @@ from factories import Floats, MakeProjection
 from formats import DTYPES, FORMATS, Format
 
 from moefast import Projection, quantized_matmul
+from moefast.ops import quantized_matmuls
 from moefast.testing import assert_close, float64
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,3 +95,62 @@ def test_refuses_a_stack(projection: MakeProjection) -> None:
         ValueError, match=r"\[quantized_matmul\] weight must be dense \[out, in\], got Layout"
     ):
         quantized_matmul(mx.zeros((3, 64)), projection(4, 48, 64))
+
+
+# -- several at once ---------------------------------------------------------------------------------------
+
+
+@every_backend
+@dtypes
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40, 200])
+def test_several_are_as_one_by_one(
+    tokens: int, dtype: mx.Dtype, floats: Floats, projection: MakeProjection
+) -> None:
+    x = floats(tokens, 128, dtype=dtype)
+    weights = [
+        projection(96, 128, quant=FORMATS[4].quant, dtype=dtype),
+        projection(40, 128, quant=FORMATS[4].quant, bias=True, dtype=dtype),
+        projection(8, 128, dtype=dtype),
+        projection(200, 128, quant=FORMATS[5].quant, dtype=dtype),
+    ]
+    for y, weight in zip(quantized_matmuls(x, *weights), weights, strict=True):
+        alone = quantized_matmul(x, weight)
+        assert y.dtype == alone.dtype
+        np.testing.assert_array_equal(float64(y), float64(alone))
+
+
+@every_backend
+def test_gradients_of_several(floats: Floats, projection: MakeProjection) -> None:
+    """Of all outputs, by x and by the weights that have a derivative."""
+    plain, packed = projection(16, 64), projection(24, 64, quant=FORMATS[4].quant)
+
+    def loss(x: mx.array, w: mx.array) -> mx.array:
+        a, b = quantized_matmuls(x, Projection(w), packed)
+        return (a * a).sum() + (b * b).sum()
+
+    def one_by_one(x: mx.array, w: mx.array) -> mx.array:
+        a, b = quantized_matmul(x, Projection(w)), quantized_matmul(x, packed)
+        return (a * a).sum() + (b * b).sum()
+
+    x = floats(3, 64)
+    got, want = (mx.grad(f, argnums=(0, 1))(x, plain.weight) for f in (loss, one_by_one))
+    for mine, theirs in zip(got, want, strict=True):
+        assert_close(mine, float64(theirs), "quantized_matmul", reductions=(64, 64), gradient=True)
+
+
+def test_several_refuse(floats: Floats, projection: MakeProjection) -> None:
+    x, weight = floats(1, 64), projection(16, 64)
+    with pytest.raises(ValueError, match=r"\[quantized_matmuls\] there must be at least one weight, got"):
+        quantized_matmuls(x)
+    with pytest.raises(
+        ValueError, match=r"\[quantized_matmuls\] weight must be of type Projection, got array"
+    ):
+        quantized_matmuls(x, weight, weight.weight)
+    with pytest.raises(ValueError, match=r"\[quantized_matmuls\] x.shape\[-1\] must equal in=32"):
+        quantized_matmuls(x, weight, projection(16, 32))
+    with pytest.raises(ValueError, match=r"9 weights, not 1\.\.8"):
+        quantized_matmuls(x, *[weight] * 9, backend="native")
+    half = floats(1, 64, dtype=mx.bfloat16)
+    of_half = projection(16, 64, quant=FORMATS[4].quant, dtype=mx.bfloat16)
+    with pytest.raises(ValueError, match="products of dtypes bfloat16, float32"):
+        quantized_matmuls(half, of_half, projection(16, 64, dtype=mx.float16), backend="native")

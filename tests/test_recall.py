@@ -19,6 +19,7 @@ from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 import moefast
 from moefast import Activation, RouterSpec, nn, use_backend
 from moefast.backends import native, registry
+from moefast.nn.recall import products
 from moefast.testing import assert_close, float64
 
 pytestmark = [
@@ -233,6 +234,51 @@ def test_dense_layers_and_heads() -> None:
                 want = run(x)
             for _ in range(2):
                 assert_close(run(x), float64(want), "moe", **CLOSE)
+
+
+class ThreeOfOne(mlx.nn.Module):
+    """What an attention does with its inputs."""
+
+    def __init__(self, bits: int | None) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(HIDDEN, size, bias=size == 8) for size in (32, 8, 40))
+        if bits is not None:
+            mlx.nn.quantize(self, group_size=32, bits=bits)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate(products(self, x, (self.a, self.b, self.c)), axis=-1)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_several_layers_of_one_input(bits: int | None) -> None:
+    def replace_one(three: ThreeOfOne) -> None:
+        three.b = mlx.nn.Linear(HIDDEN, 8)
+
+    def put_something_else_there(three: ThreeOfOne) -> None:
+        three.b = mlx.nn.Sequential(mlx.nn.Linear(HIDDEN, 8), mlx.nn.Tanh())
+
+    three = ThreeOfOne(bits).eval()
+    changes: list[Callable[[ThreeOfOne], Any]] = [
+        lambda three: None,
+        lambda three: double(three.a),
+        lambda three: three.train(),
+        lambda three: three.eval(),
+        replace_one,
+        put_something_else_there,
+        lambda three: three.set_dtype(mx.bfloat16),
+    ]
+    for change in changes:
+        change(three)
+        for lead in ((5,), (1,), (2, 3), (200,)):
+            x = inputs(*lead)
+            with use_backend("reference"):
+                want = three(x)
+            for _ in range(2):
+                got = three(x)
+                assert (got.shape, got.dtype) == (want.shape, want.dtype)
+                assert_close(got, float64(want), "moe", **CLOSE)
+    assert "_recall_products" in three.__dict__
+    assert not any("recall" in path for path, _ in mlx.utils.tree_flatten(three.parameters()))
 
 
 def test_routers_of_both_kinds() -> None:

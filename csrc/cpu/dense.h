@@ -1,4 +1,4 @@
-// The product of all tokens with one dense weight.
+// The products of all tokens with dense weights.
 #ifndef MOEFAST_CPU_DENSE_H
 #define MOEFAST_CPU_DENSE_H
 
@@ -7,11 +7,17 @@
 
 namespace moefast {
 
-// out [x.count, out_dims] of `dtype` = x @ weight.T + bias, to the precision of `dtype`.
+struct DenseProduct {
+  const moefast_projection* weight;
+  void* out;  // [x.count, out_dims]
+};
+
+// Each product's out, of `dtype`, = x @ weight.T + bias, to the precision of `dtype`. They are
+// computed together: x is prepared once, and threads meet once.
 void multiply_dense(moefast_engine& engine,
                     const Source& x,
-                    const moefast_projection& weight,
-                    void* out,
+                    const DenseProduct* products,
+                    int64_t count,
                     int dtype);
 
 }  // namespace moefast

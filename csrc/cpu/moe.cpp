@@ -99,7 +99,8 @@ const float* shared_weights(moefast_engine& on, const Call& call, const Source& 
     return nullptr;
   }
   auto* weights = on.scratch.take<float>(x.count);
-  multiply_dense(on, x, *call.shared_gate, weights, MOEFAST_FLOAT32);
+  const DenseProduct gate{call.shared_gate, weights};
+  multiply_dense(on, x, &gate, 1, MOEFAST_FLOAT32);
   for (int64_t t = 0; t < x.count; ++t) {
     weights[t] = 1.0f / (1.0f + std::exp(-weights[t]));
   }

@@ -146,11 +146,12 @@ size_t moefast_isas(const char** names, size_t capacity);
 /* What the last failing call of this thread had to say. */
 const char* moefast_error(void);
 
-/* out [count, out_dims] = x @ weight.T + bias */
+/* outs[i] [x.count, out_dims] = x @ weights[i].T + bias, of `count` dense weights. */
 int moefast_matmul(moefast_engine* engine,
                    const moefast_rows* x,
-                   const moefast_projection* weight,
-                   void* out,
+                   const moefast_projection* weights,
+                   void* const* outs,
+                   int64_t count,
                    int32_t out_dtype);
 
 /* The output of every route, uncombined: indices [count, top_k] -> out [count, top_k, hidden]. */

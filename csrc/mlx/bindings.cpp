@@ -36,6 +36,12 @@ class Operator {
 
   mx::array matmul(const mx::array& x, const Weights& weights) const { return one({x}, weights); }
 
+  Arrays matmuls(const mx::array& x, const Weights& weights) const {
+    auto inputs = start({x});
+    weights.append_to(inputs);
+    return apply(plan_, std::move(inputs));
+  }
+
   mx::array switch_glu(const mx::array& x, const mx::array& indices, const Weights& weights) const {
     return one({x, indices}, weights);
   }
@@ -75,10 +81,32 @@ class Operator {
   nb::object matmul_of(
       const mx::array& x, nb::handle layer, nb::handle type, size_t low, size_t high) const {
     auto inputs = start({x});
-    if (!still_fits(x, low, high) || !append_layer(layer, type, *plan_->weight, inputs)) {
+    if (!still_fits(x, low, high) || !append_layer(layer, type, plan_->weights[0], inputs)) {
       return nb::none();
     }
     return if_fitting(std::move(inputs));
+  }
+
+  // Of several layers: the outputs as a list.
+  nb::object matmuls_of(const mx::array& x,
+                        const nb::tuple& layers,
+                        const nb::tuple& types,
+                        size_t low,
+                        size_t high) const {
+    auto inputs = start({x});
+    if (!still_fits(x, low, high) || layers.size() != plan_->weights.size()) {
+      return nb::none();
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (!append_layer(layers[i], types[i], plan_->weights[i], inputs)) {
+        return nb::none();
+      }
+    }
+    try {
+      return nb::cast(apply(plan_, std::move(inputs)));
+    } catch (const std::invalid_argument&) {
+      return nb::none();
+    }
   }
 
   // `types` of the projections of experts, of shared, and of shared_gate, as far as they are there.
@@ -194,12 +222,14 @@ NB_MODULE(_native, m) {
   nb::class_<Weights>(m, "Weights").def(nb::init<std::vector<nb::object>>(), "arrays"_a);
   nb::class_<Operator>(m, "Operator")
       .def("matmul", &Operator::matmul)
+      .def("matmuls", &Operator::matmuls)
       .def("switch_glu", &Operator::switch_glu)
       .def("experts", &Operator::experts)
       .def("route", &Operator::route, "logits"_a, "bias"_a.none(), "scale"_a.none())
       .def("moe", &Operator::moe, "x"_a, "logits"_a, "bias"_a.none(), "scale"_a.none(), "weights"_a,
            "shared"_a.none())
       .def("matmul_of", &Operator::matmul_of)
+      .def("matmuls_of", &Operator::matmuls_of)
       .def("moe_of", &Operator::moe_of, "x"_a, "logits"_a, "bias"_a.none(), "experts"_a,
            "shared"_a.none(), "shared_gate"_a.none(), "types"_a, "low"_a, "high"_a);
 

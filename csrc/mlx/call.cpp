@@ -118,9 +118,8 @@ class Builder {
 struct Networks {
   explicit Networks(const Call& call) : next(call.weights) {
     const Plan& plan = *call.plan;
-    if (plan.weight) {
-      weight = next++;
-    }
+    weights = next;
+    next += plan.weights.size();
     if (plan.experts) {
       experts = take(*plan.experts);
     }
@@ -142,7 +141,7 @@ struct Networks {
   }
 
   const moefast_projection* next;
-  const moefast_projection* weight = nullptr;
+  const moefast_projection* weights = nullptr;
   const moefast_projection* shared_gate = nullptr;
   moefast_ffn experts{};
   moefast_ffn shared{};
@@ -158,30 +157,33 @@ int dispatch(const Call& call) {
   auto* const on = engine();
   switch (plan.op) {
     case Op::kMatmul:
-      return moefast_matmul(on, &call.x, networks.weight, call.out, plan.out_dtype);
+      return moefast_matmul(on, &call.x, networks.weights, call.outs.data(),
+                            static_cast<int64_t>(call.outs.size()), plan.out_dtype);
     case Op::kSwitchGlu:
       return moefast_switch_glu(on, &call.x, &networks.experts, indices.data(), call.top_k,
-                                call.out, plan.out_dtype);
+                                call.outs[0], plan.out_dtype);
     case Op::kExperts:
       return moefast_experts(on, &call.x, &networks.experts, indices.data(), &call.mix, call.top_k,
-                             call.out, plan.out_dtype);
+                             call.outs[0], plan.out_dtype);
     case Op::kRoute:
       return moefast_route(on, &call.logits, &plan.router, &call.selection_bias, &call.expert_scale,
-                           static_cast<uint32_t*>(call.out), call.out_weights, plan.out_dtype);
+                           static_cast<uint32_t*>(call.outs[0]), call.outs[1], plan.out_dtype);
     default:
       return moefast_moe(on, &call.x, &call.logits, &plan.router, &call.selection_bias,
                          &call.expert_scale, &networks.experts,
                          plan.shared ? &networks.shared : nullptr, networks.shared_gate,
-                         plan.combine_dtype, call.out, plan.out_dtype);
+                         plan.combine_dtype, call.outs[0], plan.out_dtype);
   }
 }
 
 void void_output(const Call& call) {
-  if (call.out_weights == nullptr) {
-    return fill_nan(call.plan->out_dtype, call.out, call.out_size);
+  for (size_t i = 0; i < call.outs.size(); ++i) {
+    if (call.plan->op == Op::kRoute && i == 0) {
+      std::memset(call.outs[i], 0, static_cast<size_t>(call.out_sizes[i]) * sizeof(uint32_t));
+    } else {
+      fill_nan(call.plan->out_dtype, call.outs[i], call.out_sizes[i]);
+    }
   }
-  std::memset(call.out, 0, static_cast<size_t>(call.out_size) * sizeof(uint32_t));
-  fill_nan(call.plan->out_dtype, call.out_weights, call.out_size);
 }
 
 }  // namespace
@@ -207,7 +209,9 @@ Call make_call(std::shared_ptr<const Plan> plan,
       *next++ = builder.projection(*weight);
     }
   };
-  add(plan->weight);
+  for (const Weight& weight : plan->weights) {
+    *next++ = builder.projection(weight);
+  }
   for (const auto* network : {&plan->experts, &plan->shared}) {
     if (*network) {
       add((*network)->gate);
@@ -216,10 +220,9 @@ Call make_call(std::shared_ptr<const Plan> plan,
     }
   }
   add(plan->shared_gate);
-  call.out = const_cast<char*>(outputs[0].data<char>());
-  call.out_size = static_cast<int64_t>(outputs[0].size());
-  if (outputs.size() > 1) {
-    call.out_weights = const_cast<char*>(outputs[1].data<char>());
+  for (const auto& output : outputs) {
+    call.outs.push_back(const_cast<char*>(output.data<char>()));
+    call.out_sizes.push_back(static_cast<int64_t>(output.size()));
   }
   call.plan = std::move(plan);
   return call;

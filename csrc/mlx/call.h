@@ -21,11 +21,10 @@ struct Call {
   moefast_vector mix{};
   moefast_vector selection_bias{};
   moefast_vector expert_scale{};
-  moefast_projection weights[8]{};  // in the order of the inputs
-  void* out = nullptr;
-  int64_t out_size = 0;         // values
-  void* out_weights = nullptr;  // of a router, whose first output are indices
-  Copies copies;                // to be made first
+  moefast_projection weights[kMostProducts]{};  // in the order of the inputs
+  std::vector<void*> outs;                      // of a router, indices and weights
+  std::vector<int64_t> out_sizes;               // values
+  Copies copies;                                // to be made first
 };
 
 // Looks at the inputs' memory, not at values, which may not be there yet. Arrays that lie in a way

@@ -121,7 +121,7 @@ class Checker {
 int64_t features(const Plan& plan) {
   switch (plan.op) {
     case Op::kMatmul:
-      return plan.weight->form.in_dims;
+      return plan.weights[0].form.in_dims;
     case Op::kRoute:
       return plan.router.num_experts;
     default:
@@ -153,7 +153,9 @@ void Plan::check(const std::vector<mx::array>& inputs) const {
   }
   checker.vector("selection_bias", selection_bias, router.num_experts);
   checker.vector("expert_scale", expert_scale, router.num_experts);
-  checker.weight("weight", weight);
+  for (const Weight& weight : weights) {
+    checker.weight("weight", weight);
+  }
   checker.network(experts);
   checker.network(shared);
   checker.weight("shared gate", shared_gate);
@@ -163,9 +165,14 @@ std::vector<mx::Shape> Plan::output_shapes(const std::vector<mx::array>& inputs)
   check(inputs);
   mx::Shape shape = inputs[0].shape();
   switch (op) {
-    case Op::kMatmul:
-      shape.back() = static_cast<int>(weight->form.out_dims);
-      return {shape};
+    case Op::kMatmul: {
+      std::vector<mx::Shape> shapes;
+      for (const Weight& weight : weights) {
+        shapes.push_back(shape);
+        shapes.back().back() = static_cast<int>(weight.form.out_dims);
+      }
+      return shapes;
+    }
     case Op::kRoute:
       shape.back() = static_cast<int>(router.top_k);
       return {shape, shape};
@@ -183,7 +190,7 @@ std::vector<mx::Dtype> Plan::output_dtypes() const {
   if (op == Op::kRoute) {
     return {mx::uint32, mlx_dtype(out_dtype)};
   }
-  return {mlx_dtype(out_dtype)};
+  return std::vector<mx::Dtype>(std::max<size_t>(1, weights.size()), mlx_dtype(out_dtype));
 }
 
 mx::Dtype mlx_dtype(int32_t dtype) {

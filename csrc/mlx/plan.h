@@ -18,6 +18,9 @@ namespace moefast::binding {
 
 namespace mx = mlx::core;
 
+// Dense products of one x, computed together.
+constexpr size_t kMostProducts = 8;
+
 enum class Op { kMatmul, kSwitchGlu, kExperts, kRoute, kMoe };
 
 // A projection, and where its arrays stand among the inputs (-1: there is none).
@@ -52,7 +55,7 @@ struct Plan {
   int num_inputs = 0;
 
   moefast_router router{};
-  std::optional<Weight> weight;    // of a dense product
+  std::vector<Weight> weights;     // of dense products, kMostProducts at most
   std::optional<Network> experts;  // stacks
   std::optional<Network> shared;
   std::optional<Weight> shared_gate;

@@ -116,7 +116,7 @@ Arrays Operation::jvp(const Arrays& primals,
   const auto slopes =
       mx::jvp(reference_of(*plan_, primals, chosen, choice), pick(primals, chosen), directions)
           .second;
-  found.push_back(slopes[0]);
+  found.insert(found.end(), slopes.begin(), slopes.end());
   return found;
 }
 
@@ -130,9 +130,10 @@ Arrays Operation::vjp(const Arrays& primals,
   if (plan_->op == Op::kRoute) {
     choice = outputs[0];
   }
+  const auto all = choice ? Arrays{cotangents.back()} : cotangents;  // indices have none
   const auto slopes = chosen.empty() ? Arrays{}
                                      : mx::vjp(reference_of(*plan_, primals, chosen, choice),
-                                               pick(primals, chosen), {cotangents.back()})
+                                               pick(primals, chosen), all)
                                            .second;
   Arrays found;
   for (size_t i = 0, next = 0; i < argnums.size(); ++i) {

@@ -94,7 +94,17 @@ class Reader {
     if (request_.op == "quantized_matmul") {
       plan.op = Op::kMatmul;
       own(plan.x);
-      plan.weight = maybe_weight(request_.layout, plan.num_inputs);
+      plan.weights.push_back(weight_of(request_.layout, plan.num_inputs));
+    } else if (request_.op == "quantized_matmuls") {
+      plan.op = Op::kMatmul;
+      own(plan.x);
+      for (const nb::handle layout : request_.layout) {
+        plan.weights.push_back(weight_of(layout, plan.num_inputs));
+      }
+      if (plan.weights.empty() || plan.weights.size() > kMostProducts) {
+        refuse("plan", "there must be 1.." + std::to_string(kMostProducts) + " weights",
+               std::to_string(plan.weights.size()));
+      }
     } else if (request_.op == "switch_glu" || request_.op == "experts") {
       plan.op = request_.op == "experts" ? Op::kExperts : Op::kSwitchGlu;
       own(plan.x);

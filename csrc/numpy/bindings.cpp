@@ -58,7 +58,7 @@ py::array matmul(const Engine& engine,
   const int32_t dtype = output_dtype(out_dtype, rows.dtype);
   py::array out = empty(dtype, leading(x, {w.out_dims}));
   void* to = out.mutable_data();
-  run([&] { return moefast_matmul(engine.get(), &rows, &w, to, dtype); });
+  run([&] { return moefast_matmul(engine.get(), &rows, &w, &to, 1, dtype); });
   return out;
 }
 

@@ -55,7 +55,8 @@ def _with_derivatives(problem: Problem, run: Callable[[tuple[mx.array, ...]], li
             # Of a router the weights alone: its choice is constant.
             return again([*arrays, outputs[0]] if problem.op == "route" else arrays)
 
-        _, slopes = mx.vjp(of_chosen, [primals[i] for i in chosen], [cotangents[-1]])
+        wanted = [cotangents[-1]] if problem.op == "route" else list(cotangents)
+        _, slopes = mx.vjp(of_chosen, [primals[i] for i in chosen], wanted)
         found = dict(zip(chosen, slopes, strict=True))
         return tuple(found[i] if i in found else mx.zeros_like(a) for i, a in enumerate(primals))
 
@@ -68,6 +69,13 @@ def _matmul(flat: Flat) -> Callable[..., mx.array]:
         return flat(x, *arrays_of(weight))[0]
 
     return matmul
+
+
+def _matmuls(flat: Flat) -> Callable[..., list[mx.array]]:
+    def matmuls(x: mx.array, *weights: Projection) -> list[mx.array]:
+        return flat(x, *(array for weight in weights for array in arrays_of(weight)))
+
+    return matmuls
 
 
 def _switch_glu(flat: Flat) -> Callable[..., mx.array]:
@@ -114,6 +122,7 @@ def _moe(flat: Flat) -> Callable[..., mx.array]:
 
 _SIGNATURES: dict[str, Callable[[Flat], Callable[..., Any]]] = {
     "quantized_matmul": _matmul,
+    "quantized_matmuls": _matmuls,
     "switch_glu": _switch_glu,
     "experts": _experts,
     "route": _route,

@@ -50,8 +50,8 @@ def arrays_of(weights: ExpertWeights | SharedExpert | Projection) -> list[mx.arr
 def roles(op: str, details: tuple[Any, ...]) -> list[str]:
     """Of each array of a call. Indices are constant, and so are the parts of a quantized weight: MLX has no
     derivative by a packed weight either."""
-    if op == "quantized_matmul":
-        return [DIFFERENTIABLE, *_roles(details[0])]
+    if op in ("quantized_matmul", "quantized_matmuls"):
+        return [DIFFERENTIABLE, *(role for layout in details for role in _roles(layout))]
     if op == "route":
         return [DIFFERENTIABLE] * (1 + len(present(*details[1:])))
     if op == "moe":
@@ -91,7 +91,8 @@ def reference_of(op: str, details: tuple[Any, ...]) -> Reference:
     run = REFERENCE.kernels[op].run
 
     def again(arrays: list[mx.array]) -> list[mx.array]:
-        return [run(*arguments_of(op, details, iter(arrays)))]
+        made = run(*arguments_of(op, details, iter(arrays)))
+        return made if isinstance(made, list) else [made]
 
     return again
 
@@ -99,8 +100,8 @@ def reference_of(op: str, details: tuple[Any, ...]) -> Reference:
 def arguments_of(op: str, details: tuple[Any, ...], rest: Iterator[mx.array]) -> tuple[Any, ...]:
     """The arguments of the reference's function that ``rest`` is the flat list of."""
     first = next(rest)
-    if op == "quantized_matmul":
-        return first, _projection(details[0], rest)
+    if op in ("quantized_matmul", "quantized_matmuls"):
+        return first, *(_projection(layout, rest) for layout in details)
     if op == "route":
         spec, bias, scale = details
         return first, spec, _optional(bias, rest), _optional(scale, rest)

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 from .. import ops
 from ..errors import refuse
 from ..nn import RMSNorm, Rope
-from ..nn.recall import training_backend
+from ..nn.recall import products, training_backend
 from ..nn.sharding import check_split
 
 Norm = Callable[[mx.array], mx.array]
@@ -184,3 +184,8 @@ class SeparateAttention(Attention):
 
     INPUTS = ("q_proj", "k_proj", "v_proj")
     OUTPUT = "o_proj"
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """``[batch, length, hidden]`` -> queries, keys and values."""
+        queries, keys, values = products(self, x, (self.q_proj, self.k_proj, self.v_proj))
+        return queries, keys, values

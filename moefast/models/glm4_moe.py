@@ -134,9 +134,7 @@ class Attention(SeparateAttention):
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any | None) -> mx.array:
         """x: ``[batch, length, hidden]`` -> the same shape."""
         y = self.attend(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
+            *self.project(x),
             mask,
             cache,
             query_norm=self.get("q_norm"),

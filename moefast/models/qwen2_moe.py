@@ -122,7 +122,7 @@ class Attention(SeparateAttention):
 
     def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any | None) -> mx.array:
         """x: ``[batch, length, hidden]`` -> the same shape."""
-        y = self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), mask, cache)
+        y = self.attend(*self.project(x), mask, cache)
         return self.o_proj(y)
 
 

@@ -17,9 +17,10 @@ import mlx.nn
 from ..backends import registry
 from ..ops.embed import choose as choose_rows
 from ..ops.quantized_matmul import choose as choose_product
+from ..ops.quantized_matmul import choose_several
 from ..registry import PHASES, Choice, phase_of
 from ..weights import Projection, Shape
-from .projection import quantized
+from .projection import projection_of, quantized
 
 
 class Recall:
@@ -63,6 +64,25 @@ def product(layer: mlx.nn.Module, x: mx.array, weight_of: Callable[[mlx.nn.Modul
     choice = choose_product(x, weight, training_backend(layer))
     _remember(layer, "_recall", choice, x.shape, ())
     in_full: mx.array = choice.run(x, weight)
+    return in_full
+
+
+def products(owner: mlx.nn.Module, x: mx.array, layers: tuple[mlx.nn.Module, ...]) -> list[mx.array]:
+    """What each of ``layers``, which belong to ``owner``, makes of ``x``: in one operation where all of them
+    are plain or quantized linear layers, else by calling them."""
+    own = owner.__dict__
+    recall = own.get("_recall_products")
+    if recall is not None and not own["_training"] and registry.default == recall.default:
+        ys: list[mx.array] | None = recall.of_layers(x, layers, recall.types, recall.low, recall.high)
+        if ys is not None:
+            return ys
+    weights = [projection_of(layer) for layer in layers]
+    if None in weights:
+        return [layer(x) for layer in layers]
+    choice = choose_several(x, tuple(filter(None, weights)), training_backend(owner))
+    if choice.of_layers is not None and not owner.training:
+        own["_recall_products"] = Recall(choice, x.shape, tuple(type(layer) for layer in layers))
+    in_full: list[mx.array] = choice.run(x, *weights)
     return in_full
 
 

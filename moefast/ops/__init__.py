@@ -6,7 +6,7 @@ from .embed import embed
 from .experts import experts, switch_glu
 from .moe import moe
 from .norm import layer_norm, rms_norm
-from .quantized_matmul import quantized_matmul
+from .quantized_matmul import quantized_matmul, quantized_matmuls
 from .rope import rope
 from .route import route
 
@@ -19,6 +19,7 @@ __all__ = [
     "layer_norm",
     "moe",
     "quantized_matmul",
+    "quantized_matmuls",
     "rms_norm",
     "rope",
     "route",

@@ -19,7 +19,8 @@ from .loading import bindings, describe, probe
 from .plans import BESIDE_EXPERTS, bind
 from .refusals import why_not
 
-OPERATIONS = ("route", "switch_glu", "experts", "moe", "quantized_matmul", *BESIDE_EXPERTS)
+PRODUCTS = ("quantized_matmul", "quantized_matmuls")
+OPERATIONS = ("route", "switch_glu", "experts", "moe", *PRODUCTS, *BESIDE_EXPERTS)
 
 NATIVE = Backend(
     name="native",

@@ -32,7 +32,11 @@ def bind(problem: Problem) -> Bound:
     if problem.op in BESIDE_EXPERTS:
         return Bound(getattr(bindings().native, problem.op))
     operator = _operator(problem.op, dtype_name(problem.dtype), problem.details)
-    of_layers = {"quantized_matmul": operator.matmul_of, "moe": operator.moe_of}.get(problem.op)
+    of_layers = {
+        "quantized_matmul": operator.matmul_of,
+        "quantized_matmuls": operator.matmuls_of,
+        "moe": operator.moe_of,
+    }.get(problem.op)
     return Bound(_RUN[problem.op](operator), of_layers)
 
 
@@ -55,6 +59,8 @@ def _operator(op: str, dtype: str, details: tuple[Any, ...]) -> Any:
             combine_dtype=combine_dtype,
             out_dtype=dtypes.moe(dtype, layout, shared),
         )
+    if op == "quantized_matmuls":
+        return make([dtype], layout=details, out_dtype=dtypes.product(dtype, details[0]))
     layout = details[0]
     if op == "quantized_matmul":
         return make([dtype], layout=layout, out_dtype=dtypes.product(dtype, layout))
@@ -92,6 +98,15 @@ def _run_matmul(operator: Any) -> Callable[..., mx.array]:
     def run(x: mx.array, weight: Projection) -> mx.array:
         y: mx.array = operator.matmul(x, weight.prepared or _handle(weight))
         return y
+
+    return run
+
+
+def _run_matmuls(operator: Any) -> Callable[..., list[mx.array]]:
+    def run(x: mx.array, *weights: Projection) -> list[mx.array]:
+        arrays = [array for weight in weights for array in arrays_of(weight)]
+        ys: list[mx.array] = operator.matmuls(x, bindings().native.Weights(arrays))
+        return ys
 
     return run
 
@@ -145,6 +160,7 @@ def _run_moe(operator: Any) -> Callable[..., mx.array]:
 
 _RUN: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "quantized_matmul": _run_matmul,
+    "quantized_matmuls": _run_matmuls,
     "switch_glu": _run_switch_glu,
     "experts": _run_experts,
     "route": _run_route,

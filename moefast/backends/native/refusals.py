@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 from ...registry import Problem
 from ...specs import RouterSpec
-from ...weights import ExpertLayout, Layout, SharedLayout
+from ...weights import ExpertLayout, Layout, SharedLayout, dtype_name
+from .. import dtypes
 from .loading import bindings
 from .plans import BESIDE_EXPERTS
+
+_MOST_PRODUCTS = 8  # kMostProducts of csrc/mlx/plan.h
 
 
 def why_not(problem: Problem) -> str | None:
@@ -28,6 +32,8 @@ def why_not(problem: Problem) -> str | None:
             reason = _projection(detail) if isinstance(detail, Layout) else None
         if reason is not None:
             return reason
+    if problem.op == "quantized_matmuls":
+        return _together(dtype_name(problem.dtype), problem.details)
     if problem.op in ("switch_glu", "experts") and problem.details[1] == 0:
         return "top_k=0"
     return None
@@ -44,6 +50,13 @@ def _projection(layout: Layout) -> str | None:
     if layout.out_dims == 0 or layout.in_dims == 0:
         return f"a weight of {layout.out_dims} x {layout.in_dims} values"
     return None
+
+
+def _together(x: str, layouts: tuple[Any, ...]) -> str | None:
+    if not 1 <= len(layouts) <= _MOST_PRODUCTS:
+        return f"{len(layouts)} weights, not 1..{_MOST_PRODUCTS}"
+    out = sorted({dtypes.product(x, layout) for layout in layouts})
+    return f"products of dtypes {', '.join(out)}" if len(out) > 1 else None
 
 
 def _router(spec: RouterSpec) -> str | None:

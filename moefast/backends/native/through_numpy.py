@@ -46,6 +46,10 @@ def _eager(problem: Problem, arrays: tuple[mx.array, ...]) -> list[mx.array]:
     if problem.op == "quantized_matmul":
         out = dtypes.product(dtype, details[0])
         return [_mlx(on.matmul(first, _projection(details[0], rest), out_dtype=out), out)]
+    if problem.op == "quantized_matmuls":
+        out = dtypes.product(dtype, details[0])
+        weights = [_projection(layout, rest) for layout in details]
+        return [_mlx(on.matmul(first, weight, out_dtype=out), out) for weight in weights]
     if problem.op == "route":
         spec, bias, scale = details
         out = dtypes.route(dtype, spec, bias, scale)

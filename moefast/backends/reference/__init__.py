@@ -6,7 +6,7 @@ from ...registry import Backend, Kernel
 from .attention import attention, cached_attention
 from .embed import embed
 from .experts import experts, moe, switch_glu
-from .matmul import dense
+from .matmul import dense, several
 from .norm import layer_norm, rms_norm
 from .rope import rope
 from .route import route
@@ -19,6 +19,7 @@ REFERENCE = Backend(
         "experts": Kernel(experts),
         "moe": Kernel(moe),
         "quantized_matmul": Kernel(dense),
+        "quantized_matmuls": Kernel(several),
         "attention": Kernel(attention),
         "cached_attention": Kernel(cached_attention),
         "rms_norm": Kernel(rms_norm),

@@ -47,6 +47,11 @@ def dense(x: mx.array, projection: Projection) -> mx.array:
     return y if p.bias is None else y + p.bias
 
 
+def several(x: mx.array, *weights: Projection) -> list[mx.array]:
+    """:func:`dense` with each of the weights."""
+    return [dense(x, weight) for weight in weights]
+
+
 def gathered(x: mx.array, projection: Projection, indices: mx.array, *, in_order: bool) -> mx.array:
     """Each route's row times its expert's weight.
 
