@@ -9,14 +9,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
+import mlx_chain
 import numpy as np
 import oracle
 import pytest
 from formats import ACTIVATIONS
 from metal import emulated
-from mlx_kernels import ROOT, TYPES, bits, numbers, of, out
+from mlx_kernels import TYPES, bits, numbers, of
 
-from moefast import Activation, emulator
+from moefast import Activation
 from moefast.backends.metal import launch
 from moefast.backends.metal.activations import functor
 from moefast.env import settings
@@ -39,88 +40,6 @@ CASES = [
     for activation in SPECS
     for kind in TYPES
 ]
-
-# What mx.compile makes one kernel of, as moefast/backends/reference/activations.py has it: the result of each
-# line is a temporary of type T (or float, after a cast). A name in braces is a number.
-_SILU = ["T s = Sigmoid()(g)", "T a = Multiply()(g, s)"]
-_CLIP = ["T m = Maximum()(u, T(-{limit}))", "T c = Minimum()(m, T({limit}))"]
-_GELU = [
-    "T h = Multiply()(T(0.5f), v)",
-    "T p = Power()(v, T(3))",
-    "T q = Multiply()(T(0.044715f), p)",
-    "T i = Add()(v, q)",
-    "T j = Multiply()(T(0.79788456f), i)",
-    "T t = Tanh()(j)",
-    "T o = Add()(T(1), t)",
-    "T a = Multiply()(h, o)",
-]
-_FLOAT = ["float G = static_cast<float>(g)", "float U = static_cast<float>(u)"]
-CHAINS: dict[str, list[str]] = {
-    "swiglu": [*_SILU, "T y = Multiply()(a, u)"],
-    "swiglu_oai": [
-        "T n = Minimum()(g, T({limit}))",
-        *_CLIP,
-        "T l = Add()(c, T(1))",
-        "T k = Multiply()(T({alpha}), n)",
-        "T s = Sigmoid()(k)",
-        "T a = Multiply()(n, s)",
-        "T y = Multiply()(l, a)",
-    ],
-    "swiglu_clipped": [*_SILU, "T b = Minimum()(a, T({limit}))", *_CLIP, "T y = Multiply()(b, c)"],
-    "swiglu_clamped": [
-        *_FLOAT,
-        "float n = Minimum()(G, float({limit}))",
-        "float s = Sigmoid()(n)",
-        "float a = Multiply()(n, s)",
-        "float m = Maximum()(U, float(-{limit}))",
-        "float c = Minimum()(m, float({limit}))",
-        "float r = Multiply()(a, c)",
-        "T y = static_cast<T>(r)",
-    ],
-    "geglu_tanh": ["T v = g", *_GELU, "T y = Multiply()(a, u)"],
-    "situ": [
-        *_FLOAT,
-        "float d = Divide()(G, float({beta}))",
-        "float t = Tanh()(d)",
-        "float b = Multiply()(float({beta}), t)",
-        "float s = Sigmoid()(G)",
-        "float a = Multiply()(b, s)",
-        "float r = Multiply()(a, U)",
-        "T y = static_cast<T>(r)",
-    ],
-    "situ bounded": [
-        *_FLOAT,
-        "float d = Divide()(G, float({beta}))",
-        "float t = Tanh()(d)",
-        "float b = Multiply()(float({beta}), t)",
-        "float s = Sigmoid()(G)",
-        "float a = Multiply()(b, s)",
-        "float e = Divide()(U, float({linear_beta}))",
-        "float w = Tanh()(e)",
-        "float l = Multiply()(float({linear_beta}), w)",
-        "float r = Multiply()(a, l)",
-        "T y = static_cast<T>(r)",
-    ],
-    "gelu_tanh": ["T v = u", *_GELU, "T y = a"],
-    "relu2": ["T k = Maximum()(u, T(0))", "T y = Square()(k)"],
-}
-
-
-def mlx_chain(kind: str, activation: Activation, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """The activation by MLX's own operations, in the kernel that it generates: bits."""
-    name = activation.name + " bounded" * (activation.linear_beta is not None)
-    constants = {k: f"{np.float32(v)!s}f" for k, v in activation.parameters().items() if v is not None}
-    lines = "".join(f"  {line.format(**constants)};\n" for line in CHAINS[name])
-    source = (
-        "".join(f'#include "{ROOT}{header}"\n' for header in ("utils.h", "unary_ops.h", "binary_ops.h"))
-        + f"typedef {kind} T;\n[[kernel]] void k(device const T* gate [[buffer(0)]], "
-        + "device const T* up [[buffer(1)]], device T* out [[buffer(2)]], "
-        + "uint3 pos [[thread_position_in_grid]]) {\n  uint index = pos.x;\n"
-        + f"  T g = gate[index];\n  T u = up[index];\n{lines}  out[index] = y;\n}}\n"
-    )
-    kernel = emulator.compile(source, "k", include_dirs=[emulator.mlx_include_dir()], name="chain.metal")
-    result = emulator.launch(kernel, [gate, up, out(kind, gate.size)], (gate.size, 1, 1), (256, 1, 1))
-    return result.buffers[2]
 
 
 @cache
@@ -165,7 +84,7 @@ def everything(kind: str) -> tuple[mx.array, mx.array]:
 @pytest.mark.parametrize(("activation", "kind"), CASES)
 def test_bits_are_those_of_mlx(activation: Activation, kind: str) -> None:
     gate, up = everything(kind)
-    want = mlx_chain(kind, activation, bits(gate), bits(up))
+    want = mlx_chain.activate(kind, activation, bits(gate), bits(up))
     got = bits(ours(activation, gate, up))
     both_nan = np.isnan(numbers(want, kind)) & np.isnan(numbers(got, kind))
     word = f"u{want.dtype.itemsize}"

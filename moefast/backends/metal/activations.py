@@ -27,9 +27,9 @@ def functor(activation: Activation) -> str:
     numbers = [value for value in activation.parameters().values() if value is not None]
     if activation.name == "situ" and activation.linear_beta is not None:
         name = "SituBounded"
-    return f"moefast::{name}{{{', '.join(map(_literal, numbers))}}}"
+    return f"moefast::{name}{{{', '.join(map(literal, numbers))}}}"
 
 
-def _literal(value: float) -> str:
+def literal(value: float) -> str:
     """The float32 that MLX makes of the number: all its digits, so that nothing rounds it once more."""
     return f"{float(np.float32(value))!r}f"
