@@ -461,6 +461,15 @@ def test_too_many_threads(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["run", "check"])
+def test_kernel_that_declares_fewer_threads(mode: str) -> None:
+    source = "kernel [[max_total_threads_per_threadgroup(64)]] void k(device int* out) { out[0] = 1; }"
+    kernel = emulator.compile(source)
+    emulator.launch(kernel, [np.zeros(1, np.int32)], (64, 1, 1), (64, 1, 1), mode=mode)
+    with pytest.raises(emulator.EmulatorError, match="96x1x1 threads in a threadgroup, more than 64"):
+        emulator.launch(kernel, [np.zeros(1, np.int32)], (96, 1, 1), (96, 1, 1), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["run", "check"])
 def test_hang_is_stopped(mode: str) -> None:
     body = "while (atomic_load_explicit(tally, memory_order_relaxed) == 0) {\n}\nout[i] = 1;"
     kernel = emulator.compile(KERNEL.replace("BODY", body), "probe")

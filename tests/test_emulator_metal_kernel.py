@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -154,6 +155,14 @@ def run(
     return out
 
 
+MODULES: list[Any] = [mx.fast, emulator]
+CALL = {
+    "inputs": [mx.zeros(64)],
+    "output_shapes": [(64,)],
+    "output_dtypes": [mx.float32],
+    "grid": (64, 1, 1),
+    "threadgroup": (64, 1, 1),
+}
 COPY = "uint i = thread_position_in_grid.x; out[i] = in0[i];"
 
 
@@ -208,6 +217,14 @@ def test_strided_input_without_copy() -> None:
     for view in (x.T, x[::2, 1::3], mx.broadcast_to(x[0], (8, 8))):
         out = run(body, [view], view.shape, grid=(view.size, 1, 1), ensure_row_contiguous=False)
         assert mx.array_equal(out, view)
+
+
+def test_negative_strides_are_copied_or_refused() -> None:
+    x = mx.arange(64, dtype=mx.float32).reshape(8, 8)
+    for view in (x[::-1], x[:, ::-2], x.T[::-1]):
+        assert mx.array_equal(run(COPY, [view], view.shape, grid=(view.size, 1, 1)), view)
+        with pytest.raises(ValueError, match=r"no negative strides, got .* of in0"):
+            run(COPY, [view], view.shape, grid=(view.size, 1, 1), ensure_row_contiguous=False)
 
 
 def test_init_value() -> None:
@@ -287,25 +304,66 @@ def test_refused_in_transformations(transform: str) -> None:
         ({"inputs": []}, "Expected `inputs` to have size 1 but got size 0"),
         ({"output_shapes": []}, "Expected `output_shapes` to have size 1 but got size 0"),
         ({"output_dtypes": []}, "Expected `output_dtypes` to have size 1 but got size 0"),
-        ({"template": [("T", 1.5)]}, "template arguments must be bool, int or Dtype, got T=1.5"),
-        ({"output_dtypes": [mx.float64]}, "dtypes must be ones that Metal has"),
+        ({"template": [("T", 1.5)]}, "Invalid template argument. Must be `mlx.core.Dtype`, `int` or `bool`"),
+        ({"template": [("T", "x")]}, "Invalid template argument. Must be `mlx.core.Dtype`, `int` or `bool`"),
+        (
+            {"template": [("T", 2**40)]},
+            "Invalid template argument. Must be `mlx.core.Dtype`, `int` or `bool`",
+        ),
+        ({"inputs": [[1, 2]]}, "Invalid type list received in array initialization."),
+        ({"inputs": ["x"]}, "Invalid type str received in array initialization."),
     ],
 )
-def test_bad_calls(change: dict[str, Any], message: str) -> None:
-    call = {
-        "inputs": [mx.zeros(64)],
-        "output_shapes": [(64,)],
-        "output_dtypes": [mx.float32],
-        "grid": (64, 1, 1),
-        "threadgroup": (64, 1, 1),
-    }
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        emulator.metal_kernel("probe", ["in0"], ["out"], COPY)(**call | change)
+@pytest.mark.parametrize("module", MODULES, ids=["mlx", "emulator"])
+def test_bad_calls_are_refused_as_mlx_refuses_them(module: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module.metal_kernel("probe", ["in0"], ["out"], COPY)(**CALL | change)
 
 
-@pytest.mark.parametrize("options", [{"math_mode": "wild"}, {"speed": "high"}])
-def test_bad_compile_options(options: dict[str, str]) -> None:
-    for module in (mx.fast, emulator):
+@pytest.mark.parametrize("module", MODULES, ids=["mlx", "emulator"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grid": (64, 1)},
+        {"grid": (64.0, 1, 1)},
+        {"grid": "abc"},
+        {"threadgroup": (64,)},
+        {"template": {"T": 1}},
+        {"template": [("T", 1, 2)]},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_calls_of_wrong_types_are_refused_as_by_mlx(module: Any, change: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        module.metal_kernel("probe", ["in0"], ["out"], COPY)(**CALL | change)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=["mlx", "emulator"])
+def test_names_must_be_a_sequence_of_names(module: Any) -> None:
+    with pytest.raises(TypeError):
+        module.metal_kernel("probe", "in0", ["out"], COPY)
+    with pytest.raises(ValueError, match="Must specify at least one output"):
+        module.metal_kernel("probe", ["in0"], [], COPY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_dtypes": [mx.float64]}, "dtypes must be ones that Metal has"),
+        # MLX counts the threads that are asked for, not those that are left in a smaller grid.
+        ({"threadgroup": (2048, 1, 1)}, "Thread group size (2048) is greater than"),
+        ({"threadgroup": (64, 32, 1)}, "Thread group size (2048) is greater than"),
+    ],
+)
+def test_calls_that_a_gpu_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        emulator.metal_kernel("probe", ["in0"], ["out"], COPY)(**CALL | change)
+
+
+@pytest.mark.parametrize("options", [{"math_mode": "wild"}, {"speed": "high"}, 3], ids=str)
+def test_bad_compile_options(options: Any) -> None:
+    for module in MODULES:
         with pytest.raises(ValueError, match="metal_kernel"):
             module.metal_kernel("probe", [], ["out"], COPY, compile_options=options)
 

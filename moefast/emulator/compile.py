@@ -80,7 +80,8 @@ class Kernel:
 
 
 def _signature(stored: dict[str, Any]) -> Signature:
-    return Signature(stored["kernel"], stored["call"], tuple(Parameter(**p) for p in stored["parameters"]))
+    parameters = tuple(Parameter(**p) for p in stored["parameters"])
+    return Signature(stored["kernel"], stored["call"], parameters, stored["most_threads"])
 
 
 def compile(

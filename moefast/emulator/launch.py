@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from .report import Finding, Reader
 
 Mode = Literal["run", "check"]
 Denormals = Literal["keep", "flush"]
-_MOST_THREADS = 1024
 _UNWRITTEN = 0xCB  # what an output holds that nobody wrote
 
 
@@ -104,9 +104,9 @@ def launch(
     prepared = _prepare(kernel, buffers)
     request = _request(kernel, grid, threadgroup, threadgroup_bytes or {}, time_limit)
     request.flush = denormals == "flush"
-    size = tuple(request.threadgroup)
-    if np.prod(size) > _MOST_THREADS:
-        message = f"{'x'.join(map(str, size))} threads in a threadgroup, more than {_MOST_THREADS}"
+    size, most = tuple(request.threadgroup), kernel.signature.most_threads
+    if math.prod(size) > most:
+        message = f"{'x'.join(map(str, size))} threads in a threadgroup, more than {most}"
         raise EmulatorError(kernel.name, [Finding("too-many-threads", message)])
     if min(grid) == 0:
         return Result(prepared.arrays, (), _counters(abi.Outcome(), None, prepared.names), 0.0)

@@ -3,6 +3,7 @@ eager."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from . import generated
 from .compile import Kernel, compile
 from .launch import Denormals, Mode, Output, Result, launch
+from .reflect import MOST_THREADS
 
 _UTILS = '#include "mlx/backend/metal/kernels/utils.h"\n'
 _MATH_MODES = ("safe", "relaxed", "fast")
@@ -63,7 +65,7 @@ class MetalKernel:
         """Run the kernel: as ``mx.fast.metal_kernel``'s call. ``stream`` is of no consequence.
 
         Raises:
-            ValueError: names and arrays do not match, or a dtype is not Metal's.
+            TypeError, ValueError: as MLX; and a dtype is not Metal's.
             RuntimeError: called under ``mx.compile`` or another transformation.
             CompileError, EmulatorError: see ``compile`` and ``launch``.
         """
@@ -109,13 +111,21 @@ class MetalKernel:
                 )
         arrays = [_array(value) for value in inputs]
         pairs = _template(template)
+        _sizes("grid", grid)
+        if (threads := math.prod(_sizes("threadgroup", threadgroup))) > MOST_THREADS:
+            # As asked for: before it is clamped to the grid.
+            raise ValueError(
+                f"[metal_kernel] Thread group size ({threads}) is greater than the maximum allowed threads "
+                f"per threadgroup ({MOST_THREADS})."
+            )
         text = self.generated_source(arrays, output_dtypes, pairs)
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{text}\n```")
         kernel = self._kernel(text, generated.kernel_name(self.name, arrays, output_dtypes, pairs))
         buffers: list[np.ndarray | Output] = []
-        for array, used in zip(arrays, generated.uses(self.source, self.input_names), strict=True):
-            buffers += self._input_buffers(array, used)
+        uses = generated.uses(self.source, self.input_names)
+        for name, array, used in zip(self.input_names, arrays, uses, strict=True):
+            buffers += self._input_buffers(name, array, used)
         first_output = len(buffers)
         for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
             buffers.append(_output(tuple(shape), dtype, init_value))
@@ -163,8 +173,8 @@ class MetalKernel:
             )
         return self._compiled[text]
 
-    def _input_buffers(self, array: mx.array, used: tuple[bool, bool, bool]) -> list[np.ndarray]:
-        data, strides = _to_numpy(array, self.ensure_row_contiguous)
+    def _input_buffers(self, name: str, array: mx.array, used: tuple[bool, bool, bool]) -> list[np.ndarray]:
+        data, strides = _to_numpy(name, array, self.ensure_row_contiguous)
         if not array.ndim:
             return [data]
         shape: list[np.ndarray] = [np.array(array.shape, np.int32), np.array(strides, np.int64)]
@@ -197,8 +207,14 @@ def metal_kernel(
         seed, raises, time_limit, denormals: see ``launch``.
 
     Raises:
+        TypeError: names are not a sequence.
         ValueError: there is no output, or an option is unknown.
     """
+    for what, names in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(names, str):
+            raise TypeError(f"[metal_kernel] Expected `{what}` to be a sequence of names, got {names!r}.")
+    if not isinstance(compile_options, Mapping | None):
+        raise ValueError(f"[metal_kernel] Expected `compile_options` to be a dict, got {compile_options!r}.")
     if not output_names:
         raise ValueError("[metal_kernel] Must specify at least one output.")
     for option, value in (compile_options or {}).items():
@@ -225,15 +241,34 @@ def metal_kernel(
 
 
 def _template(template: generated.Template | None) -> list[tuple[str, bool | int | mx.Dtype]]:
-    for key, value in template or ():
-        if not isinstance(value, bool | int | mx.Dtype):
-            raise ValueError(
-                f"[metal_kernel] template arguments must be bool, int or Dtype, got {key}={value!r}."
+    pairs = []
+    for pair in template or ():
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise TypeError(
+                f"[metal_kernel] Expected `template` to be pairs of name and value, got {pair!r}."
             )
-    return list(template or ())
+        key, value = pair
+        fits = not isinstance(value, int) or -(2**31) <= value < 2**31
+        if not isinstance(value, bool | int | mx.Dtype) or not fits:
+            raise ValueError(
+                "[metal_kernel] Invalid template argument. Must be `mlx.core.Dtype`, `int` or `bool`, "
+                f"got {key}={value!r}."
+            )
+        pairs.append((key, value))
+    return pairs
+
+
+def _sizes(what: str, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
+    indices = isinstance(sizes, tuple | list) and [hasattr(size, "__index__") for size in sizes]
+    if indices != [True] * 3:
+        raise TypeError(f"[metal_kernel] Expected `{what}` to be three ints, got {sizes!r}.")
+    return sizes
 
 
 def _array(value: mx.array | bool | int | float) -> mx.array:
+    if isinstance(value, list | tuple | str | None):
+        # As MLX's, which takes arrays and scalars only.
+        raise ValueError(f"Invalid type {type(value).__name__} received in array initialization.")
     return value if isinstance(value, mx.array) else mx.array(value)
 
 
@@ -253,7 +288,7 @@ def _refusing_gradients(run: Callable[..., list[mx.array]], inputs: list[mx.arra
     return list(function(*inputs))
 
 
-def _to_numpy(array: mx.array, contiguous: bool) -> tuple[np.ndarray, list[int]]:
+def _to_numpy(name: str, array: mx.array, contiguous: bool) -> tuple[np.ndarray, list[int]]:
     """The array's memory, C-contiguous, and its strides in elements."""
     try:
         mx.eval(array)
@@ -272,6 +307,11 @@ def _to_numpy(array: mx.array, contiguous: bool) -> tuple[np.ndarray, list[int]]
     # As the array lies in memory: the view's first element onwards, to the end of what its strides reach.
     view = np.asarray(memoryview(bits))  # type: ignore[arg-type]
     strides = [step // view.itemsize for step in view.strides]
+    if view.size and min(strides) < 0:
+        raise ValueError(
+            f"[metal_kernel] with ensure_row_contiguous=False the emulator takes no negative strides, got "
+            f"{strides} of {name}."
+        )
     last = sum((size - 1) * step for size, step in zip(view.shape, strides, strict=True)) if view.size else -1
     flat = np.lib.stride_tricks.as_strided(view, (last + 1,), (view.itemsize,))
     return np.ascontiguousarray(flat), strides

@@ -21,6 +21,7 @@ def builtins() -> dict[str, int]:
 
 
 BUILTINS = builtins()
+MOST_THREADS = 1024  # of a threadgroup
 _SPACES = {1: "device", 2: "constant", 3: "threadgroup"}
 
 
@@ -52,11 +53,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """A kernel's name as asked for, how C++ calls it, its parameters, and the threads it declares at most."""
+    """A kernel's name as asked for, how C++ calls it, its parameters, and the most threads of a threadgroup:
+    those of ``[[max_total_threads_per_threadgroup(n)]]``, if it has the attribute."""
 
     kernel: str
     call: str
     parameters: tuple[Parameter, ...]
+    most_threads: int = MOST_THREADS
 
     @property
     def buffers(self) -> dict[int, Parameter]:
@@ -95,7 +98,14 @@ def find(source: Source, structure: Structure, kernel: str | None, defined: dict
         call += "<0>"  # translate.py makes it one
     elif "<" not in call:
         _refuse(source, f"kernel {kernel!r} is a template: instantiate it with a host_name")
-    return Signature(kernel, call, _parameters(source, function, defined))
+    return Signature(kernel, call, _parameters(source, function, defined), _most_threads(source, function))
+
+
+def _most_threads(source: Source, function: Function) -> int:
+    declared = attributes(source, function.first, function.parameters[0])
+    numbers = [text for name, text, _ in declared if name == "max_total_threads_per_threadgroup"]
+    # An expression is left to the compiler, which knows its value and does not tell.
+    return min([MOST_THREADS, *(int(text, 0) for text in numbers if text[:1].isdecimal() and text.isalnum())])
 
 
 def _refuse(source: Source, message: str) -> None:
