@@ -338,6 +338,14 @@ def test_variables_larger_than_the_stack(mode: Any) -> None:
         emulator.launch(air.load(library, "k"), [np.zeros(1, np.uint64)], (1, 1, 1), (1, 1, 1), mode=mode)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_any_kernel_calls_is_supplied(metallib: Metallib) -> None:
+    every_constant: dict[int | str, Any] = dict.fromkeys(range(400), 0)
+    for name in sorted(metallib)[::97]:
+        assert air.load(metallib, name, every_constant).signature.parameters
+
+
 def test_unknown_kernel_names_its_likes(metallib: Metallib) -> None:
     with pytest.raises(KeyError, match="vv_Addfloat32"):
         metallib.bitcode("vv_Adfloat32")
