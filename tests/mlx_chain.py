@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -10,8 +13,12 @@ import numpy as np
 from mlx_kernels import ROOT, TYPES, bits, i32, i64, out, scalar
 
 from moefast import Activation, Projection, emulator
+from moefast.emulator import air
+from moefast.emulator.metallib import Metallib
 
 KINDS = {dtype: kind for kind, dtype in TYPES.items()}
+# As MLX names types in all but quantized kernels.
+NAMES = {kind: str(dtype).removeprefix("mlx.core.") for kind, dtype in TYPES.items()}
 
 
 @cache
@@ -28,12 +35,50 @@ def array_of(buffer: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return array.view(mx.bfloat16) if dtype == mx.bfloat16 else array
 
 
-def run(source: str, buffers: dict[str, Any], grid: Any, threadgroup: Any, result: str) -> emulator.Result:
-    made = kernel(source)
+@contextmanager
+def compiled_by_apple(metallib: Metallib) -> Iterator[None]:
+    """Within the block the kernels of MLX's library run as Apple's compiler made them, where they have a
+    name there, instead of MLX's headers."""
+    token = _apple.set(metallib)
+    try:
+        yield
+    finally:
+        _apple.reset(token)
+
+
+@contextmanager
+def checked() -> Iterator[list[emulator.Result]]:
+    """Every launch within the block, in check mode, which counts bytes."""
+    launches: list[emulator.Result] = []
+    token = _checked.set(launches)
+    try:
+        yield launches
+    finally:
+        _checked.reset(token)
+
+
+_apple: ContextVar[Metallib | None] = ContextVar("apple", default=None)
+_checked: ContextVar[list[emulator.Result] | None] = ContextVar("checked", default=None)
+
+
+def run(
+    source: str,
+    buffers: dict[str, Any],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    result: str,
+    *,
+    name: str | None = None,
+) -> np.ndarray:
+    """Buffer ``result`` after a launch of kernel ``k`` of ``source``, ``name`` in MLX's library."""
+    metallib, launches = _apple.get(), _checked.get()
+    made = kernel(source) if metallib is None or name is None else air.load(metallib, name)
     named = {index: buffers[parameter.name] for index, parameter in made.signature.buffers.items()}
-    launched = emulator.launch(made, named, grid, threadgroup)
+    launched = emulator.launch(made, named, grid, threadgroup, mode="run" if launches is None else "check")
+    if launches is not None:
+        launches.append(launched)
     (at,) = (i for i, parameter in made.signature.buffers.items() if parameter.name == result)
-    return launched, launched.buffers[at]
+    return launched.buffers[at]
 
 
 # -- activations -------------------------------------------------------------------------------------------
@@ -111,8 +156,7 @@ def activate(kind: str, activation: Activation, gate: np.ndarray, up: np.ndarray
         + f"  T g = gate[index];\n  T u = up[index];\n{lines}  out[index] = y;\n}}\n"
     )
     buffers = {"gate": gate, "up": up, "out": out(kind, *up.shape)}
-    _, y = run(source, buffers, (up.size, 1, 1), (256, 1, 1), "out")
-    return y
+    return run(source, buffers, (up.size, 1, 1), (256, 1, 1), "out")
 
 
 # -- products ----------------------------------------------------------------------------------------------
@@ -181,8 +225,11 @@ def gather_qmv(
     N = projection.layout.out_dims
     buffers = gather_qmv_buffers(projection, x, rows, experts, kind)
     grid = (32, (N + 7) // 8 * 2, len(experts))
-    _, y = run(gather_qmv_source(projection, kind), buffers, grid, (32, 2, 1), "y")
-    return y
+    fast = "_fast" * _is_fast(projection)
+    quant = projection.quant
+    assert quant is not None
+    name = f"{quant.mode}_gather_qmv{fast}_{kind}_gs_{quant.group_size}_b_{quant.bits}"
+    return run(gather_qmv_source(projection, kind), buffers, grid, (32, 2, 1), "y", name=name)
 
 
 # -- what follows ------------------------------------------------------------------------------------------
@@ -194,15 +241,16 @@ def binary(kind: str, name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         including("binary_ops.h", "binary.h") + f'instantiate_kernel("k", binary_vv, {kind}, {kind}, {name})'
     )
     buffers = {"a": a, "b": b, "c": out(kind, *a.shape), "size": scalar(a.size, np.uint32)}
-    _, y = run(source, buffers, (a.size, 1, 1), (min(a.size, 1024), 1, 1), "c")
-    return y
+    threads = (min(a.size, 1024), 1, 1)
+    return run(source, buffers, (a.size, 1, 1), threads, "c", name=f"vv_{name}{NAMES[kind]}")
 
 
 def unary(kind: str, name: str, x: np.ndarray) -> np.ndarray:
     source = including("unary_ops.h", "unary.h") + f'instantiate_kernel("k", unary_v, {kind}, {kind}, {name})'
     buffers = {"in": x, "out": out(kind, *x.shape), "size": scalar(x.size, np.uint32)}
-    _, y = run(source, buffers, (x.size, 1, 1), (min(x.size, 1024), 1, 1), "out")
-    return y
+    threads = (min(x.size, 1024), 1, 1)
+    own = NAMES[kind]
+    return run(source, buffers, (x.size, 1, 1), threads, "out", name=f"v_{name}{own}{own}")
 
 
 def cast(x: np.ndarray, source: mx.Dtype, to: mx.Dtype) -> np.ndarray:
@@ -236,8 +284,8 @@ def sum_of_rows(kind: str, x: np.ndarray) -> np.ndarray:
         "non_col_reductions": scalar(1, np.uint64),
     }
     grid = ((blocks + tx - 1) // tx * tx, tokens * ty, 1)
-    _, y = run(source, buffers, grid, (tx, ty, 1), "out")
-    return y
+    name = f"col_reduce_small_1_reduce_sum{NAMES[kind]}"
+    return run(source, buffers, grid, (tx, ty, 1), "out", name=name)
 
 
 def combine(y: np.ndarray, dtype: mx.Dtype, weights: np.ndarray, weights_dtype: mx.Dtype) -> np.ndarray:
@@ -260,10 +308,12 @@ def qmv(projection: Projection, x: np.ndarray, kind: str) -> np.ndarray:
     N, K = projection.layout.out_dims, projection.layout.in_dims
     # Without checks of bounds, or with rows that are not a multiple of a threadgroup's.
     fast, partial = K % step == 0, str(N % 8 != 0).lower()
-    name = f"{'affine' if affine else 'fp'}_qmv{'_fast' * fast}"
+    kernel_ = f"{'affine' if affine else 'fp'}_qmv{'_fast' * fast}"
     arguments = f"{kind}, {quant.group_size}, {quant.bits}, false" + f", {partial}" * fast
     buffers = gather_qmv_buffers(projection, x, np.zeros(1), np.zeros(1), kind)
     buffers |= {"x_batch_ndims": scalar(0), "x_shape": i32(1, K), "x_strides": i64(K, 1)}
-    source = including(*headers) + f'instantiate_kernel("k", {name}, {arguments})'
-    _, y = run(source, buffers, (32, (N + 7) // 8 * 2, 1), (32, 2, 1), "y")
-    return y
+    source = including(*headers) + f'instantiate_kernel("k", {kernel_}, {arguments})'
+    grid = (32, (N + 7) // 8 * 2, 1)
+    name = f"{quant.mode}_qmv{'_fast' * fast}_{kind}_gs_{quant.group_size}_b_{quant.bits}"
+    name += f"_batch_0_pr_{int(fast and N % 8 != 0)}_hgs_0_r_4"
+    return run(source, buffers, grid, (32, 2, 1), "y", name=name)

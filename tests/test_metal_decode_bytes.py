@@ -1,0 +1,87 @@
+"""What the decode kernels ask of memory at the models' shapes, counted by the emulator.
+
+Output rows do not depend on each other: some of them are computed, and their bytes scaled up.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import mlx.core as mx
+import mlx_chain as chain
+import numpy as np
+import pytest
+from factories import Floats, MakeExperts
+from metal import emulated
+from mlx_kernels import bits
+from test_metal_decode_bits import MODELS, down_of_mlx, gate_up_of_mlx, routes_of
+
+from moefast import QuantSpec
+from moefast.backends.metal import decode
+from moefast.emulator.counters import Counters
+from moefast.env import settings
+
+pytestmark = pytest.mark.skipif(
+    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
+)
+
+# Requested by lanes, over the unique bytes of weights, scales and offsets.
+WHOLE_LAYER = 2.2
+# Of x and inner, over what MLX's launches request.
+OF_X = 0.75
+
+
+def of_weights(counters: Counters) -> dict[str, int]:
+    """Of packed weights, scales and offsets together: what lanes requested, threadgroups needed, is there."""
+    named = {name: c for name, c in counters.buffers.items() if name.endswith(("weight", "scales", "biases"))}
+    return {
+        "packed": sum(c.loaded for name, c in named.items() if name.endswith("weight")),
+        "unique packed": sum(c.unique for name, c in named.items() if name.endswith("weight")),
+        "per threadgroup": sum(c.per_threadgroup for name, c in named.items() if not name.endswith("weight")),
+        "unique others": sum(c.unique for name, c in named.items() if not name.endswith("weight")),
+    }
+
+
+@pytest.mark.parametrize("bits_", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", MODELS)
+def test_bytes_of_the_models(
+    model: str, bits_: int, expert_weights: MakeExperts, floats: Floats, rng: np.random.Generator
+) -> None:
+    shape, quant, dtype, rows = MODELS[model], QuantSpec(bits=bits_), mx.bfloat16, 64
+    experts = shape.top_k + 2
+    indices = routes_of(rng, 1, shape.top_k)
+    x, inner = (
+        floats(1, shape.hidden, dtype=dtype),
+        floats(1, shape.top_k, shape.width, dtype=dtype),
+    )
+    first = expert_weights(experts, shape.hidden, rows, quant=quant, dtype=dtype)
+    second = expert_weights(experts, rows, shape.width, quant=quant, dtype=dtype)
+    route_weights = mx.abs(floats(1, shape.top_k))
+    with emulated() as launches:
+        decode.gate_up(x, first, indices)
+        decode.down_combine(inner, second, indices, route_weights)
+    requested = unique = 0.0
+    for made, scale in zip(launches, (shape.width / rows, shape.hidden / rows), strict=True):
+        assert made.result is not None
+        counters = made.result.counters
+        read = of_weights(counters)
+        assert read["packed"] == read["unique packed"]
+        assert read["per threadgroup"] == read["unique others"]
+        requested += scale * (counters.loaded + counters.stored)
+        unique += scale * (read["unique packed"] + read["unique others"])
+    assert requested <= WHOLE_LAYER * unique, requested / unique
+
+    with chain.checked() as theirs:
+        gate_up_of_mlx(x, first, indices)
+        down_of_mlx(inner, second, indices)
+    up, gate, _, down = theirs  # the third is the activation
+    scales = (shape.width / rows, shape.hidden / rows)
+    mine = [launches[0].result, launches[1].result]
+    assert mine[0] is not None
+    assert mine[1] is not None
+    ours = scales[0] * mine[0].counters.buffers["x"].loaded
+    ours += scales[1] * mine[1].counters.buffers["inner"].loaded
+    of_mlx = scales[0] * (up.counters.buffers["x"].loaded + gate.counters.buffers["x"].loaded)
+    of_mlx += scales[1] * down.counters.buffers["x"].loaded
+    assert ours <= OF_X * of_mlx, ours / of_mlx
+    assert bits(x).nbytes == mine[0].counters.buffers["x"].unique
