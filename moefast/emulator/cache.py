@@ -1,7 +1,8 @@
 """Compiled kernels and the runtime on disk, found again by content.
 
 An entry is a folder, written beside its place and renamed into it: two processes that build the same kernel
-both succeed, and an interrupted build leaves nothing that looks complete.
+both succeed, and an interrupted build leaves nothing that looks complete. One that has lost files since is
+made anew. All of it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,22 +27,19 @@ PACKAGE = Path(__file__).resolve().parent
 @lru_cache(maxsize=1)
 def root() -> Path:
     """The folder of all entries: ``MOEFAST_CACHE``, or the user's cache folder."""
-    if settings.cache:
-        place = Path(settings.cache)
-    else:
-        place = (
-            Path.home()
-            / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-            / "moefast"
-            / "emulator"
-        )
+    caches = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    place = Path(settings.cache) if settings.cache else caches / "moefast" / "emulator"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        if os.access(place, os.W_OK):
-            return place
+        writable = os.access(place, os.W_OK)
     except OSError:
-        if settings.cache:
-            raise
+        writable = False
+    if writable:
+        return place
+    if settings.cache:
+        raise OSError(
+            f"[emulator] MOEFAST_CACHE must be a folder that can be written, got {settings.cache!r}."
+        )
     # A home that cannot be written, as in many containers.
     return Path(tempfile.mkdtemp(prefix="moefast-emulator-"))
 
@@ -65,34 +63,49 @@ def key(*parts: object) -> str:
 
 
 def entry(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder ``name``, made by ``make(folder)`` if it is not there."""
+    """The folder ``name``, made by ``make(folder)`` if it is not there or not complete."""
     place = root() / name
-    if not place.is_dir():
-        made = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root()))
+    if not is_whole(place):
+        made = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
         try:
             make(made)
-            try:
-                made.rename(place)
-            except OSError:
-                if not place.is_dir():
-                    raise
+            seal(made)
+            _install(made, place)
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return place
 
 
-def put(file: Path, make: Callable[[Path], None]) -> Path:
-    """``file`` inside an entry, made by ``make(temporary)`` if it is not there."""
-    if not file.exists():
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-        os.close(handle)
-        made = Path(name)
-        try:
-            make(made)
-            made.replace(file)
-        finally:
-            made.unlink(missing_ok=True)
-    return file
+_SIZES = "sizes.json"
+
+
+def seal(folder: Path) -> None:
+    """Writes down what a complete entry has."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    write_json(folder / _SIZES, {str(file.relative_to(folder)): file.stat().st_size for file in files})
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an entry has all its files: a full disk, a power cut or a cleaner of old files leave less."""
+    sizes = read_json(folder / _SIZES)
+    try:
+        return sizes is not None and all(
+            (folder / file).stat().st_size == size for file, size in sizes.items()
+        )
+    except OSError:
+        return False
+
+
+def _install(made: Path, place: Path) -> None:
+    try:
+        made.rename(place)
+    except OSError:
+        if is_whole(place):
+            return  # another process was faster
+        broken = tempfile.mkdtemp(prefix=".broken-", dir=place.parent)
+        place.rename(Path(broken) / place.name)
+        shutil.rmtree(broken, ignore_errors=True)
+        made.rename(place)
 
 
 def stamps(files: Iterable[str]) -> list[list[Any]]:
@@ -109,6 +122,14 @@ def unchanged(recorded: list[list[Any]]) -> bool:
         return stamps(row[0] for row in recorded) == recorded
     except OSError:
         return False
+
+
+def read_json(file: Path) -> Any:
+    """What ``write_json`` wrote; None where there is no such file, or not all of it."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def write_json(file: Path, value: Any) -> None:

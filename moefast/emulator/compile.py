@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -47,9 +47,13 @@ class Kernel:
 
     @cached_property
     def run_library(self) -> Path:
-        return cache.put(
-            self.folder / "run.so", lambda out: pipeline.library(self.ir, out, ["-O2"], self._objects)
-        )
+        def make(made: Path) -> None:
+            pipeline.library(self.ir, made / "run.so", ["-O2"], self._objects)
+
+        return self._entry("run", make) / "run.so"
+
+    def _entry(self, name: str, make: Callable[[Path], None]) -> Path:
+        return cache.entry(f"{self.folder.name}/{name}", make)
 
     @cached_property
     def entry(self) -> int:
@@ -59,23 +63,24 @@ class Kernel:
         return ctypes.cast(self._loaded.msl_entry, ctypes.c_void_p).value or 0
 
     @cached_property
-    def check_library(self) -> Path:
-        def make(out: Path) -> None:
+    def _checked(self) -> Path:
+        def make(made: Path) -> None:
             checked = instrument(pipeline.optimise(self.ir, "-O1"))
             # Only code generation: the optimiser knows nothing of what a check may do.
-            pipeline.library(checked.ir, out, ["-O1", "-Xclang", "-disable-llvm-passes"], self._objects)
-            cache.put(
-                self.folder / "sites.json",
-                lambda file: cache.write_json(file, [site.frames for site in checked.sites]),
-            )
+            flags = ["-O1", "-Xclang", "-disable-llvm-passes"]
+            pipeline.library(checked.ir, made / "check.so", flags, self._objects)
+            cache.write_json(made / "sites.json", [site.frames for site in checked.sites])
 
-        return cache.put(self.folder / "check.so", make)
+        return self._entry("check", make)
+
+    @property
+    def check_library(self) -> Path:
+        return self._checked / "check.so"
 
     @cached_property
     def sites(self) -> list[Site]:
         """Places of the source, by the numbers that check mode reports."""
-        assert self.check_library
-        stored = json.loads((self.folder / "sites.json").read_text())
+        stored = json.loads((self._checked / "sites.json").read_text())
         return [Site(tuple((f, line, column, name) for f, line, column, name in frames)) for frames in stored]
 
 
@@ -117,10 +122,10 @@ def compile(
     )
     # What the request gave last time, as long as no included file has changed since.
     index = cache.root() / f"{asked}.json"
-    if index.exists():
-        last = json.loads(index.read_text())
-        if cache.unchanged(last["files"]):
-            return Kernel(last["kernel"], cache.root() / last["folder"])
+    if last := cache.read_json(index):
+        folder = cache.root() / last["folder"]
+        if cache.unchanged(last["files"]) and cache.is_whole(folder):
+            return Kernel(last["kernel"], folder)
     unit = pipeline.front_end(source, name, kernel, constants, folders, defines or {}, prelude)
     _undefined(unit, name)
     stamps = cache.stamps(unit.files)
@@ -131,9 +136,13 @@ def compile(
 
 
 def _store(folder: Path, unit: Unit) -> None:
-    pipeline.library(unit.ir, folder / "run.so", ["-O2"])
+    # The entry of Kernel.run_library, which is needed now: the compiler's table of types is in it.
+    run = folder / "run"
+    run.mkdir()
+    pipeline.library(unit.ir, run / "run.so", ["-O2"])
+    cache.seal(run)
     runtime.library()  # defines what the kernel calls
-    loaded = ctypes.CDLL(str(folder / "run.so"), mode=ctypes.RTLD_LOCAL)
+    loaded = ctypes.CDLL(str(run / "run.so"), mode=ctypes.RTLD_LOCAL)
     count = 4 * len(unit.signature.parameters)
     table = list((ctypes.c_uint32 * count).in_dll(loaded, "msl_parameters")) if count else []
     store(folder, unit.ir, with_types(unit.signature, table), [], unit.variables)

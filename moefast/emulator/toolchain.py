@@ -88,9 +88,8 @@ def _system_clang(program: str, features: tuple[str, ...]) -> Toolchain:
         ) from None
     found = re.search(r"clang version (\d+)", version)
     if not found or int(found[1]) < _OLDEST:
-        raise ToolchainError(
-            f"[emulator] MOEFAST_CLANG must be a clang >= {_OLDEST}, got {version.splitlines()[0]!r}."
-        )
+        first_line = version.partition("\n")[0]
+        raise ToolchainError(f"[emulator] MOEFAST_CLANG must be a clang >= {_OLDEST}, got {first_line!r}.")
     lookup = () if sys.platform == "linux" else ("-undefined", "dynamic_lookup")
     link = (program, "-shared", "-nostdlib", *lookup)
     return Toolchain((program,), (program, *features), link, features, program + version)
