@@ -2,7 +2,8 @@
 
 ===================  ===================================================================================
 ``MOEFAST_BACKEND``  default backend: ``auto`` (fastest available), or a name of ``moefast.backends()``
-``MOEFAST_CACHE``    folder of what the Metal emulator compiles; by default in the user's cache folder
+``MOEFAST_CACHE``    folder of what the Metal emulator compiles, and of what ``moefast doctor`` found out about
+                     this machine's GPU; by default in the user's cache folder
 ``MOEFAST_CLANG``    clang (19 or newer) of the Metal emulator; by default the one of the wheel ``ziglang``
 ``MOEFAST_ISA``      instruction set of the native backend, one of ``ISAS``; by default the best there is
 ``MOEFAST_LOG``      ``1``, true, yes or on: log which kernel each operation chose and why others refused
@@ -16,8 +17,10 @@ They are read once, when moefast is imported.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import refuse
 
@@ -68,3 +71,11 @@ class Settings:
 
 
 settings = Settings.read(os.environ)
+
+
+def cache_folder(part: str) -> Path:
+    """Where ``part`` of moefast keeps what may be deleted at any time. It need not exist."""
+    if settings.cache:
+        return Path(settings.cache)
+    caches = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return caches / "moefast" / part

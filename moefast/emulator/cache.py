@@ -11,14 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..env import settings
+from ..env import cache_folder, settings
 from .toolchain import toolchain
 
 PACKAGE = Path(__file__).resolve().parent
@@ -27,8 +26,7 @@ PACKAGE = Path(__file__).resolve().parent
 @lru_cache(maxsize=1)
 def root() -> Path:
     """The folder of all entries: ``MOEFAST_CACHE``, or the user's cache folder."""
-    caches = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    place = Path(settings.cache) if settings.cache else caches / "moefast" / "emulator"
+    place = cache_folder("emulator")
     try:
         place.mkdir(parents=True, exist_ok=True)
         writable = os.access(place, os.W_OK)
