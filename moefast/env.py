@@ -2,7 +2,7 @@
 
 ===================  ===================================================================================
 ``MOEFAST_BACKEND``  default backend: ``auto`` (fastest available), or a name of ``moefast.backends()``
-``MOEFAST_CACHE``    folder of what the Metal emulator compiles, and of what ``moefast doctor`` found out about
+``MOEFAST_CACHE``    folder of what the Metal emulator compiles, and of what ``moefast doctor`` found out of
                      this machine's GPU; by default in the user's cache folder
 ``MOEFAST_CLANG``    clang (19 or newer) of the Metal emulator; by default the one of the wheel ``ziglang``
 ``MOEFAST_ISA``      instruction set of the native backend, one of ``ISAS``; by default the best there is
