@@ -229,6 +229,7 @@ def gather_qmv(
     quant = projection.quant
     assert quant is not None
     name = f"{quant.mode}_gather_qmv{fast}_{kind}_gs_{quant.group_size}_b_{quant.bits}"
+    name += "_hgs" * (projection.global_scale is not None)
     return run(gather_qmv_source(projection, kind), buffers, grid, (32, 2, 1), "y", name=name)
 
 
