@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from . import CompileError, EmulatorError, Kernel, Output, Result, ToolchainError, compile, launch
@@ -30,7 +32,10 @@ buffers, INDEX=WHAT:
   empty:DTYPE:SHAPE      an output: reading what nobody wrote is a finding
   VALUE[,VALUE...]:DTYPE the values themselves
 
-exit status: 0 clean, 1 findings, 2 it does not compile or cannot be launched
+DTYPE is NumPy's name of a type, or bfloat16 (files hold its bits as uint16).
+
+exit status: 0 clean, 1 findings, 2 it does not compile or cannot be launched; with --json the reasons why it
+does not compile are "diagnostics"
 """
 
 
@@ -53,12 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-I", "--include", action="append", default=[], help="folder of headers; MLX's are found"
     )
-    parser.add_argument("-D", "--define", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("-D", "--define", action="append", default=[], metavar="NAME[=VALUE]")
     parser.add_argument("--mode", choices=("check", "run"), default="check")
     parser.add_argument(
         "--seeds", type=int, default=0, help="that many random schedules besides the plain one"
     )
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for each launch")
+    parser.add_argument("--strict-races", action="store_true", help="writes of the same bytes are races too")
     parser.add_argument("--denormals", choices=("keep", "flush"), default="keep", help="of float and bfloat")
     parser.add_argument("--save", action="append", default=[], metavar="INDEX=FILE.npy", help="keep a buffer")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -83,25 +89,41 @@ def _pairs(options: list[str], name: str) -> dict[str, str]:
     return found
 
 
-def _constant(text: str) -> bool | int:
-    return text == "true" if text in ("true", "false") else int(text, 0)
+def _number(text: str) -> bool | int | float:
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return int(text, 0)
+    except ValueError:
+        return float(text)
 
 
 def _buffer(what: str, index: int) -> np.ndarray | Output:
     if what.endswith(".npy"):
         return np.ascontiguousarray(np.load(what))
     kind, _, rest = what.partition(":")
-    if kind in ("zeros", "normal", "empty"):
+    try:
+        if kind not in ("zeros", "normal", "empty"):
+            return _as([_number(value) for value in kind.split(",")], rest or "float32")
         dtype, _, shape_text = rest.partition(":")
         shape = tuple(int(size) for size in shape_text.split("x"))
         if kind == "empty":
-            return Output(shape, np.dtype(dtype))
+            return Output(shape, _as(0, dtype).dtype)
         if kind == "zeros":
-            return np.zeros(shape, dtype)
+            return _as(np.zeros(shape), dtype)
         rng = np.random.default_rng(index)
-        whole = np.issubdtype(np.dtype(dtype), np.integer)
-        return (rng.integers(0, 10, shape) if whole else rng.standard_normal(shape)).astype(dtype)
-    return np.array([float(value) for value in kind.split(",")]).astype(rest or "float32")
+        whole = np.issubdtype(_as(0, dtype).dtype, np.integer) and dtype != "bfloat16"
+        return _as(rng.integers(0, 10, shape) if whole else rng.standard_normal(shape), dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"[emulator] --buffer must be as --help has it, got {what!r}: {error}.") from None
+
+
+def _as(values: Any, dtype: str) -> np.ndarray:
+    """An array; of bfloat16, for which NumPy has no name, the bits."""
+    if dtype != "bfloat16":
+        return np.asarray(values).astype(dtype)
+    rounded = mx.array(np.asarray(values, np.float32)).astype(mx.bfloat16)
+    return np.array(rounded.reshape(-1).view(mx.uint16)).reshape(rounded.shape)
 
 
 def _describe(kernel: Kernel) -> dict[str, Any]:
@@ -131,6 +153,7 @@ def _launches(kernel: Kernel, arguments: argparse.Namespace) -> list[Result]:
                 seed=seed,
                 time_limit=arguments.time_limit,
                 denormals=arguments.denormals,
+                strict_races=arguments.strict_races,
             )
         )
     for index, file in _pairs(arguments.save, "--save").items():
@@ -157,7 +180,8 @@ def _report(kernel: Kernel, results: list[Result], as_json: bool) -> int:
             print(finding)
         c = first.counters
         print(
-            f"{kernel.name}: {len(findings)} findings, {c.threads} threads, {c.threadgroups} threadgroups,",
+            f"{kernel.name}: {len(findings)} finding{'' if len(findings) == 1 else 's'}, "
+            f"{c.threads} threads, {c.threadgroups} threadgroups,",
             end=" ",
         )
         print(f"{c.barriers} barriers, {c.simd_operations} simd operations, {first.seconds * 1e3:.1f} ms")
@@ -176,11 +200,13 @@ def main(argv: list[str] | None = None) -> int:
             arguments.file.read_text(),
             arguments.kernel,
             function_constants={
-                int(k) if k.isdecimal() else k: _constant(v)
+                int(k) if k.isdecimal() else k: _number(v)
                 for k, v in _pairs(arguments.constant, "--constant").items()
             },
             include_dirs=[arguments.file.parent, *arguments.include, mlx_include_dir()],
-            defines=_pairs(arguments.define, "--define"),
+            defines=dict(
+                option.split("=", 1) if "=" in option else (option, "1") for option in arguments.define
+            ),
             name=str(arguments.file),
         )
         if arguments.grid is None:
@@ -191,7 +217,13 @@ def main(argv: list[str] | None = None) -> int:
         findings = [finding.data() for finding in error.findings]
         print(json.dumps({"findings": findings}, indent=2) if arguments.json else error)
         return 1
-    except (CompileError, ToolchainError, ValueError, OSError) as error:
+    except CompileError as error:
+        if arguments.json:
+            print(json.dumps({"diagnostics": [asdict(found) for found in error.diagnostics]}, indent=2))
+        else:
+            print(error, file=sys.stderr)
+        return 2
+    except (ToolchainError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
 
