@@ -39,24 +39,36 @@ template <int TOP_K, int HIDDEN, typename T, typename C, typename P, typename Y,
 inline Columns<T> combined(Y y, Weights weights, uint token, uint column) {
   constexpr int kSums = TOP_K > 8 && TOP_K < 32 ? 8 : 1;
   P sums[kSums][kCombineColumns];
+#pragma unroll
   for (int s = 0; s < kSums; s++) {
+#pragma unroll
     for (int i = 0; i < kCombineColumns; i++) {
       sums[s][i] = P(0);
     }
   }
-  for (int k = 0; k < TOP_K; k++) {
-    const P weight = P(C(weights[size_t(token) * TOP_K + k]));
-    auto from = y + (size_t(token) * TOP_K + k) * HIDDEN;
-    for (int i = 0; i < kCombineColumns; i++) {
-      if (is_column<HIDDEN>(column + i)) {
-        const P product = P(P(from[column + i]) * weight);
-        sums[k % kSums][i] = P(product + sums[k % kSums][i]);
+  for (int first = 0; first < TOP_K; first += kSums) {
+#pragma unroll
+    for (int s = 0; s < kSums; s++) {
+      const int k = first + s;
+      if (k >= TOP_K) {
+        break;
+      }
+      const P weight = P(C(weights[size_t(token) * TOP_K + k]));
+      auto from = y + (size_t(token) * TOP_K + k) * HIDDEN;
+#pragma unroll
+      for (int i = 0; i < kCombineColumns; i++) {
+        if (is_column<HIDDEN>(column + i)) {
+          const P product = P(P(from[column + i]) * weight);
+          sums[s][i] = P(product + sums[s][i]);
+        }
       }
     }
   }
   Columns<T> out;
+#pragma unroll
   for (int i = 0; i < kCombineColumns; i++) {
     P sum = sums[0][i];
+#pragma unroll
     for (int s = 1; s < kSums; s++) {
       sum = P(sums[s][i] + sum);
     }
@@ -83,6 +95,7 @@ inline Columns<T> add_identity(
       kept = W(kept + weights[token * TOP_K + k]);
     }
   }
+#pragma unroll
   for (int i = 0; i < kCombineColumns; i++) {
     if (is_column<HIDDEN>(column + i)) {
       const P share = P(P(x[size_t(token) * HIDDEN + column + i]) * P(kept));
@@ -94,6 +107,7 @@ inline Columns<T> add_identity(
 
 template <typename T>
 inline Columns<T> scale(Columns<T> sum, float factor) {
+#pragma unroll
   for (int i = 0; i < kCombineColumns; i++) {
     sum.of[i] = T(sum.of[i] * T(factor));
   }
@@ -102,6 +116,7 @@ inline Columns<T> scale(Columns<T> sum, float factor) {
 
 template <int HIDDEN, typename T, typename Shared>
 inline Columns<T> add_shared(Columns<T> sum, Shared shared, uint token, uint column) {
+#pragma unroll
   for (int i = 0; i < kCombineColumns; i++) {
     if (is_column<HIDDEN>(column + i)) {
       sum.of[i] = T(sum.of[i] + shared[size_t(token) * HIDDEN + column + i]);
@@ -113,6 +128,7 @@ inline Columns<T> add_shared(Columns<T> sum, Shared shared, uint token, uint col
 template <int HIDDEN, typename T, typename Shared, typename Gate>
 inline Columns<T> add_shared(Columns<T> sum, Shared shared, Gate gate, uint token, uint column) {
   const T open = sigmoid(gate[token]);
+#pragma unroll
   for (int i = 0; i < kCombineColumns; i++) {
     if (is_column<HIDDEN>(column + i)) {
       sum.of[i] = T(sum.of[i] + T(open * shared[size_t(token) * HIDDEN + column + i]));
@@ -123,6 +139,7 @@ inline Columns<T> add_shared(Columns<T> sum, Shared shared, Gate gate, uint toke
 
 template <int HIDDEN, typename T>
 inline void store(Columns<T> sum, device T* out, uint token, uint column) {
+#pragma unroll
   for (int i = 0; i < kCombineColumns; i++) {
     if (is_column<HIDDEN>(column + i)) {
       out[size_t(token) * HIDDEN + column + i] = sum.of[i];

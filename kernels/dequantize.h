@@ -1,8 +1,8 @@
-// Rows of weight matrices, eight values at a time, in every format that MLX packs.
+// Rows of weight matrices, 16 values at a time, in every format that MLX packs: no group is
+// smaller.
 //
-// Values are computed in float and rounded to T once: w = scale * q + bias of affine, element *
-// scale
-// (* global_scale) of the floating-point formats.
+// Values are computed in float and rounded to T once: scale * q + bias of affine, element * scale
+// of the floating-point formats, with global_scale as part of the scale.
 #ifndef MOEFAST_DEQUANTIZE_H
 #define MOEFAST_DEQUANTIZE_H
 
@@ -122,8 +122,10 @@ inline float global_scale_of(GlobalScale scale, uint expert) {
   return scale[expert] / (448.0f * 6.0f);
 }
 
-// Eight values of row `row` of all experts' rows, from column `column` on, a multiple of 8. Of a
-// plain matrix columns from COLUMNS on are 0; packed ones have whole packs. `global_scale` is the
+constexpr constant int kDequantized = 16;
+
+// 16 values of row `row` of all experts' rows, from column `column` on, a multiple of 16. Of a
+// plain matrix columns from COLUMNS on are 0; packed ones have whole groups. `global_scale` is the
 // expert's.
 template <int COLUMNS,
           typename T,
@@ -139,33 +141,37 @@ inline void dequantize(Stack<MODE, BITS, GROUP, Weight, Scales, Biases, Bias, Gl
                        size_t row,
                        uint column,
                        float global_scale,
-                       thread T (&values)[8]) {
+                       thread T (&values)[kDequantized]) {
   if constexpr (MODE == kPlain) {
     auto from = stack.weight + (row * COLUMNS + column);
-    for (int i = 0; i < 8; i++) {
-      values[i] = COLUMNS % 8 == 0 || column + i < COLUMNS ? T(from[i]) : T(0);
+#pragma unroll
+    for (int i = 0; i < kDequantized; i++) {
+      values[i] = COLUMNS % kDequantized == 0 || column + i < COLUMNS ? T(from[i]) : T(0);
     }
   } else {
-    const Packed packed = packed_at<BITS>(stack.weight, row * (COLUMNS / 8) + column / 8);
+    const size_t pack = row * (COLUMNS / 8) + column / 8;
+    const Packed packed[2] = {packed_at<BITS>(stack.weight, pack),
+                              packed_at<BITS>(stack.weight, pack + 1)};
     const size_t group = row * (COLUMNS / GROUP) + column / GROUP;
     if constexpr (MODE == kAffine) {
       const float scale = float(stack.scales[group]), bias = float(stack.biases[group]);
-      for (int i = 0; i < 8; i++) {
-        values[i] = T(fma(scale, float(code_of<BITS>(packed, i)), bias));
+#pragma unroll
+      for (int i = 0; i < kDequantized; i++) {
+        values[i] = T(fma(scale, float(code_of<BITS>(packed[i / 8], i % 8)), bias));
       }
     } else {
       const uint code = stack.scales[group];
       const float scale = (MODE == kNvfp4 ? e4m3(code) : e8m0(code)) * global_scale;
-      for (int i = 0; i < 8; i++) {
-        const uint element = code_of<BITS>(packed, i);
+#pragma unroll
+      for (int i = 0; i < kDequantized; i++) {
+        const uint element = code_of<BITS>(packed[i / 8], i % 8);
         values[i] = T(scale * (BITS == 8 ? e4m3(element) : e2m1(element)));
       }
     }
   }
 }
 
-// `value`, a product with row `row` rounded to T, with the output bias that its stack has, or has
-// not.
+// `value`, a product with row `row` rounded to T, plus the stack's output bias where it has one.
 template <typename T>
 inline T with_bias(None, size_t, T value) {
   return value;

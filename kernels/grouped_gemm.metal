@@ -50,7 +50,7 @@ struct Matrices<None> {
   static constant constexpr const int kCount = 1;
 };
 
-// Rows of both matrices of an expert, or of the only one.
+// Rows of both matrices of an expert, half of the threads each, or of the only one.
 template <int ROWS, int COLUMNS, typename T, int HEIGHT, typename Gate, typename Up>
 inline void load_both(threadgroup TileMemory<T, HEIGHT>& memory,
                       Gate gate,
@@ -59,9 +59,14 @@ inline void load_both(threadgroup TileMemory<T, HEIGHT>& memory,
                       uint depth,
                       uint thread_index) {
   constexpr int kEach = kTileWidth / 2, kPitch = TileMemory<T, HEIGHT>::kPitch;
-  load_weights<kEach, ROWS, COLUMNS, kPitch>(memory.weights, gate, first_row, depth, thread_index);
-  load_weights<kEach, ROWS, COLUMNS, kPitch>(memory.weights + kEach * kPitch, up, first_row, depth,
-                                             thread_index);
+  constexpr uint kThreads = kTileThreads / 2;  // whole simdgroups
+  if (thread_index < kThreads) {
+    load_weights<kEach, ROWS, COLUMNS, kPitch>(memory.weights, gate, first_row, depth,
+                                               thread_index);
+  } else {
+    load_weights<kEach, ROWS, COLUMNS, kPitch>(memory.weights + kEach * kPitch, up, first_row,
+                                               depth, thread_index - kThreads);
+  }
 }
 
 template <int ROWS, int COLUMNS, typename T, int HEIGHT, typename Up>
@@ -134,8 +139,11 @@ inline void grouped_gate_up(Activation activation,
     threadgroup_barrier(mem_flags::mem_threadgroup);
     multiply(memory, tile.rows, place, sums);
   }
+#pragma unroll
   for (int i = 0; i < Shape::kDown; i++) {
+#pragma unroll
     for (int j = 0; j < Shape::kAcross; j++) {
+#pragma unroll
       for (int e = 0; e < 2; e++) {
         const uint r = place.row(i), column = first_column + place.column(j, e);
         if (r < tile.rows && (WIDTH % kColumns == 0 || column < WIDTH)) {
@@ -187,13 +195,16 @@ inline void grouped_down(Down down,
       multiply(memory, tile.rows, place, sums);
     }
   }
+#pragma unroll
   for (int i = 0; i < Shape::kDown; i++) {
     const uint r = place.row(i);
     if (r >= tile.rows) {
       continue;
     }
     device T* to = out + size_t(order[tile.first + r]) * HIDDEN;
+#pragma unroll
     for (int j = 0; j < Shape::kAcross; j++) {
+#pragma unroll
       for (int e = 0; e < 2; e++) {
         const uint column = first_column + place.column(j, e);
         if (HIDDEN % kTileWidth != 0 && column >= HIDDEN) {

@@ -10,10 +10,11 @@
 namespace moefast {
 
 constexpr constant int kTileThreads = 128;
-// Columns of x and of the weights that are in threadgroup memory at a time.
-constexpr constant int kTileDepth = 32;
+// Columns of x and of the weights that are in threadgroup memory at a time: two threads to a row of
+// weights.
+constexpr constant int kTileDepth = 2 * kDequantized;
 // Rows of weights, of one matrix or two: 32 x 64 is what pays on Apple GPUs from 32 rows of x on.
-constexpr constant int kTileWidth = 64;
+constexpr constant int kTileWidth = kTileThreads / 2;
 
 // How the four simdgroups share a tile of HEIGHT x WIDTH results, for each of the matrices.
 template <int HEIGHT, int WIDTH>
@@ -29,8 +30,8 @@ struct TileShape {
 template <typename T, int HEIGHT>
 struct TileMemory {
   static constant constexpr const int kPitch = kTileDepth + 16 / int(sizeof(T));
-  T x[HEIGHT * kPitch];
-  T weights[kTileWidth * kPitch];
+  alignas(16) T x[HEIGHT * kPitch];
+  alignas(16) T weights[kTileWidth * kPitch];
 };
 
 // A simdgroup's results: of each matrix kDown x kAcross of 8x8.
@@ -82,6 +83,7 @@ inline void load_row(threadgroup TileMemory<T, HEIGHT>& memory,
   using Share = TileShare<HEIGHT>;
   const uint first = Share::column(thread_index);
   threadgroup T* to = memory.x + Share::row(thread_index) * TileMemory<T, HEIGHT>::kPitch + first;
+#pragma unroll
   for (uint i = 0; i < Share::kEach; i++) {
     const uint column = depth + first + i;
     to[i] = exists && (COLUMNS % kTileDepth == 0 || column < COLUMNS) ? T(row[column]) : T(0);
@@ -105,22 +107,25 @@ inline None matrix_of(None, uint) {
   return {};
 }
 
-// Columns from `depth` on of WIDTH rows of a matrix [ROWS, COLUMNS], from `first_row` on, in rows
-// of PITCH.
+// Loads kTileDepth columns, from `depth` on, of WIDTH rows of a matrix [ROWS, COLUMNS], from
+// `first_row` on, a multiple of WIDTH: a thread loads its share, half of one row.
 template <int WIDTH, int ROWS, int COLUMNS, int PITCH, typename T, typename Stack>
 inline void load_weights(
-    threadgroup T* to, Matrix<Stack> matrix, uint first_row, uint depth, uint thread_index) {
-  constexpr int kPacks = kTileDepth / 8;  // of a row
-  for (uint pack = thread_index; pack < WIDTH * kPacks; pack += kTileThreads) {
-    const uint row = first_row + pack / kPacks, column = depth + pack % kPacks * 8;
-    T values[8] = {T(0), T(0), T(0), T(0), T(0), T(0), T(0), T(0)};
-    if ((ROWS % WIDTH == 0 || row < ROWS) && (COLUMNS % kTileDepth == 0 || column < COLUMNS)) {
-      dequantize<COLUMNS>(matrix.stack, size_t(matrix.expert) * ROWS + row, column,
-                          matrix.global_scale, values);
+    threadgroup T* to, Matrix<Stack> matrix, uint first_row, uint depth, uint share) {
+  const uint row = first_row + share / 2, first = share % 2 * kDequantized;
+  T values[kDequantized];
+  if ((ROWS % WIDTH == 0 || row < ROWS) && (COLUMNS % kTileDepth == 0 || depth + first < COLUMNS)) {
+    dequantize<COLUMNS>(matrix.stack, size_t(matrix.expert) * ROWS + row, depth + first,
+                        matrix.global_scale, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kDequantized; i++) {
+      values[i] = T(0);
     }
-    for (int i = 0; i < 8; i++) {
-      to[pack / kPacks * PITCH + pack % kPacks * 8 + i] = values[i];
-    }
+  }
+#pragma unroll
+  for (int i = 0; i < kDequantized; i++) {
+    to[share / 2 * PITCH + first + i] = values[i];
   }
 }
 
@@ -133,18 +138,23 @@ inline void multiply(threadgroup TileMemory<T, HEIGHT>& memory,
                      thread TileSums<HEIGHT, MATRICES>& sums) {
   using Shape = typename TileSums<HEIGHT, MATRICES>::Shape;
   constexpr int kPitch = TileMemory<T, HEIGHT>::kPitch;
+#pragma unroll
   for (int k = 0; k < kTileDepth; k += 8) {
     simdgroup_matrix<T, 8, 8> x[Shape::kDown];
+#pragma unroll
     for (int i = 0; i < Shape::kDown; i++) {
       if (place.down + i * 8 < rows) {
         simdgroup_load(x[i], memory.x + (place.down + i * 8) * kPitch + k, kPitch);
       }
     }
+#pragma unroll
     for (int m = 0; m < MATRICES; m++) {
+#pragma unroll
       for (int j = 0; j < Shape::kAcross; j++) {
         const uint row = m * (kTileWidth / MATRICES) + place.across + j * 8;
         simdgroup_matrix<T, 8, 8> w;
         simdgroup_load(w, memory.weights + row * kPitch + k, kPitch, ulong2(0, 0), true);
+#pragma unroll
         for (int i = 0; i < Shape::kDown; i++) {
           if (place.down + i * 8 < rows) {
             simdgroup_multiply_accumulate(sums.of[m][i][j], x[i], w, sums.of[m][i][j]);
@@ -158,8 +168,11 @@ inline void multiply(threadgroup TileMemory<T, HEIGHT>& memory,
 template <int HEIGHT, int MATRICES>
 inline void clear(thread TileSums<HEIGHT, MATRICES>& sums) {
   using Shape = typename TileSums<HEIGHT, MATRICES>::Shape;
+#pragma unroll
   for (int m = 0; m < MATRICES; m++) {
+#pragma unroll
     for (int i = 0; i < Shape::kDown; i++) {
+#pragma unroll
       for (int j = 0; j < Shape::kAcross; j++) {
         sums.of[m][i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
       }
