@@ -151,6 +151,32 @@ def test_integer_functions() -> None:
     assert run(body, (16, np.uint32), result="uint", threads=1).tolist() == expected
 
 
+def test_packing() -> None:
+    body = """
+    float4 v = float4(0, 1, 0.5f, -1); float2 w = float2(-0.25f, 2);
+    out[0] = pack_float_to_unorm4x8(v); out[1] = pack_float_to_snorm4x8(v);
+    out[2] = pack_float_to_unorm2x16(w); out[3] = pack_float_to_snorm2x16(w);
+    out[4] = uint(255 * unpack_unorm4x8_to_float(0x00ff8001u).y);
+    out[5] = 127 * unpack_snorm4x8_to_float(0x7f).x;
+    out[6] = uint(65535 * unpack_unorm2x16_to_float(0x12340000u).y);
+    out[7] = uint(2 + unpack_snorm2x16_to_float(0x8001u).x);
+    """
+    expected = [0x0080FF00, 0x81407F00, 0xFFFF0000, 0x7FFFE000, 0x80, 127, 0x1234, 1]
+    assert run(body, (8, np.uint32), result="uint", threads=1).tolist() == expected
+
+
+def test_geometric_functions() -> None:
+    body = """
+    float3 a = float3(1, 2, 2), b = float3(0, 3, 4);
+    out[0] = dot(a, b); out[1] = length(a); out[2] = distance(a, float3(1, 2, 5)); out[3] = cross(a, b).x;
+    out[4] = normalize(b).y; out[5] = reflect(float2(1, -1), float2(0, 1)).y;
+    out[6] = faceforward(float2(1), float2(1), float2(1)).x;
+    out[7] = refract(float2(0, -1), float2(0, 1), 0.5f).y;
+    """
+    got = run(body, (8, np.float32), threads=1)
+    np.testing.assert_array_equal(got, np.array([14, 3, 3, 2, 0.6, 1, -1, -1], np.float32))
+
+
 def test_simd_sum_is_added_in_the_documented_order() -> None:
     x = np.random.default_rng(0).standard_normal(32).astype(np.float32)
     values = x.copy()
@@ -186,6 +212,30 @@ SIMD = {
     "simd_all(i != 3)": np.zeros(32),
     "simd_is_first()": LANE == 0,
     "quad_sum(i)": LANE // 4 * 16 + 6,
+    "quad_product(1u + i % 4)": np.full(32, 24),
+    "quad_min(i)": LANE // 4 * 4,
+    "quad_and(i | 12u)": np.full(32, 12) | LANE // 4 * 4,
+    "quad_or(i)": LANE | 3,
+    "quad_xor(i % 4 + 1)": np.full(32, 1 ^ 2 ^ 3 ^ 4),
+    "quad_prefix_inclusive_sum(i % 4)": np.cumsum(np.arange(4))[LANE % 4],
+    "quad_prefix_exclusive_sum(i % 4 + 1)": np.array([0, 1, 3, 6])[LANE % 4],
+    "quad_prefix_inclusive_product(i % 4 + 1)": np.array([1, 2, 6, 24])[LANE % 4],
+    "quad_prefix_exclusive_product(i % 4 + 1)": np.array([1, 1, 2, 6])[LANE % 4],
+    "quad_broadcast_first(i)": LANE // 4 * 4,
+    "quad_shuffle(i, ushort(3 - i % 4))": LANE // 4 * 4 + 3 - LANE % 4,
+    "quad_shuffle_up(i, ushort(1))": np.where(LANE % 4 > 0, LANE - 1, LANE),
+    "quad_shuffle_rotate_down(i, ushort(1))": LANE // 4 * 4 + (LANE + 1) % 4,
+    "quad_shuffle_and_fill_down(i, i + 100, ushort(3))": LANE // 4 * 4
+    + np.array([3, 100, 101, 102])[LANE % 4],
+    "quad_shuffle_and_fill_up(i, i + 100, ushort(3))": LANE // 4 * 4 + np.array([101, 102, 103, 0])[LANE % 4],
+    "simd_shuffle_and_fill_up(i, i + 100, ushort(1), ushort(8))": np.where(LANE % 8, LANE - 1, LANE + 107),
+    "quad_any(i % 8 == 3)": LANE % 8 < 4,
+    "quad_all(i % 8 < 4)": LANE % 8 < 4,
+    "quad_is_first()": LANE % 4 == 0,
+    "uint(quad_vote::vote_t(quad_ballot(i % 4 > 1)))": np.full(32, 12),
+    "uint(quad_vote::vote_t(quad_active_threads_mask()))": np.full(32, 15),
+    "uint(simd_vote::vote_t(simd_active_threads_mask()))": np.full(32, 2**32 - 1),
+    "simd_prefix_exclusive_product(1u + i / 31)": np.ones(32),
     "quad_max(i)": LANE // 4 * 4 + 3,
     "quad_broadcast(i, ushort(2))": LANE // 4 * 4 + 2,
     "quad_shuffle_xor(i, ushort(1))": LANE ^ 1,
