@@ -382,6 +382,16 @@ def test_allowed(case: Case) -> None:
     compile_case(case)
 
 
+def test_too_many_buffers() -> None:
+    def source(buffers: int) -> str:
+        parameters = ", ".join(f"device int* p{i}" for i in range(buffers))
+        return f"kernel void k({parameters}) {{ p0[0] = 1; }}"
+
+    assert len(emulator.compile(source(31)).signature.buffers) == 31
+    with pytest.raises(emulator.CompileError, match="at most 31 buffers"):
+        emulator.compile(source(32))
+
+
 def test_line_and_column_are_the_users() -> None:
     with pytest.raises(emulator.CompileError) as caught:
         compile_case(Case("", "\n\n", "float4 v = float4(1);\n  out[i] = v.q;"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cache, contraction, reflect, strict
+from . import cache, contraction, reflect, strict, strict_ir
 from .errors import CompileError, Diagnostic
 from .lexer import Source
 from .reflect import Signature
@@ -121,7 +121,7 @@ def front_end(
         translated.text + reflect.entry(signature),
     )
     _refuse_diagnostics(name, done.stderr, done.returncode, shown)
-    refused = strict.check_ir(done.stdout)
+    refused = strict_ir.check_ir(done.stdout)
     if refused:
         raise CompileError(name, [shown.complete(*refusal) for refusal in refused])
     files = tuple(_included(preprocessed, name))
