@@ -5,6 +5,7 @@ Constructors look at shapes and dtypes only; they never evaluate an array.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -81,6 +82,21 @@ class Projection:
         self.layout = _layout(
             form_of(weight), form_of(scales), form_of(biases), form_of(bias), form_of(global_scale), quant
         )
+
+    @classmethod
+    def again(cls, layout: Layout, arrays: Iterator[mx.array]) -> Projection:
+        """One of a layout that has been checked before, on the next of ``arrays``: those that the layout
+        has, in the order of :attr:`arrays`."""
+        made = cls.__new__(cls)
+        quant = made.quant = layout.quant
+        made.weight = next(arrays)
+        made.scales = None if quant is None else next(arrays)
+        made.biases = next(arrays) if quant is not None and quant.mode == "affine" else None
+        made.bias = None if layout.bias is None else next(arrays)
+        made.global_scale = next(arrays) if layout.global_scale else None
+        made.prepared = None
+        made.layout = layout
+        return made
 
     @property
     def arrays(self) -> tuple[mx.array | None, ...]:
@@ -208,6 +224,18 @@ class ExpertWeights:
         if self.layout.num_experts == 0:
             refuse("ExpertWeights", "projections must be stacked [num_experts, out, in]", up.layout)
 
+    @classmethod
+    def again(cls, layout: ExpertLayout, arrays: Iterator[mx.array]) -> ExpertWeights:
+        """Those of a layout that has been checked before; see :meth:`Projection.again`."""
+        made = cls.__new__(cls)
+        made.gate = None if layout.gate is None else Projection.again(layout.gate, arrays)
+        made.up = Projection.again(layout.up, arrays)
+        made.down = Projection.again(layout.down, arrays)
+        made.activation = layout.activation
+        made.prepared = None
+        made.layout = layout
+        return made
+
     @property
     def projections(self) -> tuple[Projection, ...]:
         """``(gate, up, down)`` without a missing gate."""
@@ -280,3 +308,17 @@ class SharedExpert:
         if output_gate is not None and output_gate.layout[:3] != (0, 1, up.layout.in_dims):
             refuse("SharedExpert", f"output_gate must map {up.layout.in_dims} to 1", output_gate.layout[:3])
         self.layout = SharedLayout(layout, output_gate.layout if output_gate is not None else None)
+
+    @classmethod
+    def again(cls, layout: SharedLayout, arrays: Iterator[mx.array]) -> SharedExpert:
+        """One of a layout that has been checked before; see :meth:`Projection.again`."""
+        own, output_gate = layout
+        made = cls.__new__(cls)
+        made.gate = None if own.gate is None else Projection.again(own.gate, arrays)
+        made.up = Projection.again(own.up, arrays)
+        made.down = Projection.again(own.down, arrays)
+        made.activation = own.activation
+        made.output_gate = None if output_gate is None else Projection.again(output_gate, arrays)
+        made.prepared = None
+        made.layout = layout
+        return made

@@ -21,7 +21,9 @@ Flat = Callable[..., list[mx.array]]
 
 
 def differentiable(
-    problem: Problem, run: Callable[[tuple[mx.array, ...]], list[mx.array]]
+    problem: Problem,
+    run: Callable[[tuple[mx.array, ...]], list[mx.array]],
+    look: Callable[[tuple[mx.array, ...]], None] | None = None,
 ) -> Callable[..., Any]:
     """``run`` on the flat list of a call's arrays, as a function with the reference's signature and
     derivatives.
@@ -29,8 +31,17 @@ def differentiable(
     Args:
         problem: of an operation with experts or of a router.
         run: gives the results: one array, of ``route`` the indices and the weights.
+        look: sees the arrays first. ``run`` gets other objects, which stand for the same arrays.
     """
-    return _SIGNATURES[problem.op](_with_derivatives(problem, run))
+    flat = _with_derivatives(problem, run)
+    if look is None:
+        return _SIGNATURES[problem.op](flat)
+
+    def looked_at(*arrays: mx.array) -> list[mx.array]:
+        look(arrays)
+        return flat(*arrays)
+
+    return _SIGNATURES[problem.op](looked_at)
 
 
 def _with_derivatives(problem: Problem, run: Callable[[tuple[mx.array, ...]], list[mx.array]]) -> Flat:

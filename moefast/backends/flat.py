@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..routing import Routing
-from ..weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert, SharedLayout
+from ..weights import ExpertLayout, ExpertWeights, Layout, Projection, SharedExpert
 from .reference import REFERENCE
 from .reference.route import weigh
 
@@ -101,21 +101,21 @@ def arguments_of(op: str, details: tuple[Any, ...], rest: Iterator[mx.array]) ->
     """The arguments of the reference's function that ``rest`` is the flat list of."""
     first = next(rest)
     if op in ("quantized_matmul", "quantized_matmuls"):
-        return first, *(_projection(layout, rest) for layout in details)
+        return first, *(Projection.again(layout, rest) for layout in details)
     if op == "route":
         spec, bias, scale = details
         return first, spec, _optional(bias, rest), _optional(scale, rest)
     if op == "moe":
         spec, layout, shared, _, bias, scale, combine_dtype = details
         logits, bias, scale = next(rest), _optional(bias, rest), _optional(scale, rest)
-        weights = _experts(layout, rest)
-        others = None if shared is None else _shared_expert(shared, rest)
+        weights = ExpertWeights.again(layout, rest)
+        others = None if shared is None else SharedExpert.again(shared, rest)
         return first, logits, spec, weights, bias, scale, others, _dtype(combine_dtype)
     indices = next(rest)
     if op == "switch_glu":
-        return first, _experts(details[0], rest), indices
+        return first, ExpertWeights.again(details[0], rest), indices
     mix = next(rest)
-    return first, _experts(details[0], rest), Routing(indices, mix), _dtype(details[3])
+    return first, ExpertWeights.again(details[0], rest), Routing(indices, mix), _dtype(details[3])
 
 
 def _optional(dtype: str | None, rest: Iterator[mx.array]) -> mx.array | None:
@@ -124,27 +124,3 @@ def _optional(dtype: str | None, rest: Iterator[mx.array]) -> mx.array | None:
 
 def _dtype(name: str | None) -> mx.Dtype | None:
     return None if name is None else getattr(mx, name)
-
-
-def _projection(layout: Layout, rest: Iterator[mx.array]) -> Projection:
-    quant = layout.quant
-    weight = next(rest)
-    scales = None if quant is None else next(rest)
-    biases = next(rest) if quant is not None and quant.mode == "affine" else None
-    bias = _optional(layout.bias, rest)
-    global_scale = next(rest) if layout.global_scale else None
-    return Projection(weight, scales, biases, bias=bias, global_scale=global_scale, quant=quant)
-
-
-def _experts(layout: ExpertLayout, rest: Iterator[mx.array]) -> ExpertWeights:
-    gate = None if layout.gate is None else _projection(layout.gate, rest)
-    up, down = _projection(layout.up, rest), _projection(layout.down, rest)
-    return ExpertWeights(gate=gate, up=up, down=down, activation=layout.activation)
-
-
-def _shared_expert(layout: SharedLayout, rest: Iterator[mx.array]) -> SharedExpert:
-    own = layout.layout
-    gate = None if own.gate is None else _projection(own.gate, rest)
-    up, down = _projection(own.up, rest), _projection(own.down, rest)
-    output_gate = None if layout.output_gate is None else _projection(layout.output_gate, rest)
-    return SharedExpert(gate=gate, up=up, down=down, activation=own.activation, output_gate=output_gate)
