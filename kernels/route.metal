@@ -28,24 +28,25 @@
 namespace moefast {
 namespace router {
 
-template <typename Key, typename Source>
-inline Key biased(Source source, Absent, int) {
-  return Key(source);
+template <typename Types, typename Source>
+inline typename Types::Key biased(Source source, Absent, int) {
+  return as<typename Types::Key>(source);
 }
 
-template <typename Key, typename Source, typename Bias>
-inline Key biased(Source source, Bias bias, int expert) {
-  return Key(Key(source) + Key(bias[expert]));
+template <typename Types, typename Source, typename Bias>
+inline typename Types::Key biased(Source source, Bias bias, int expert) {
+  using Key = typename Types::Key;
+  return Key(as<Key>(as<typename Types::Addend>(source)) + as<Key>(bias[expert]));
 }
 
 template <typename Product, typename Sum>
 inline Product scaled(Sum weight, Absent, int) {
-  return Product(weight);
+  return as<Product>(weight);
 }
 
 template <typename Product, typename Sum, typename Scale>
 inline Product scaled(Sum weight, Scale scale, int expert) {
-  return Product(Product(weight) * Product(scale[expert]));
+  return Product(as<Product>(weight) * as<Product>(scale[expert]));
 }
 
 template <typename S, typename T>
@@ -67,7 +68,8 @@ inline void read(thread Source (&source)[R::Slots::count],
 #pragma clang loop unroll(full)
   for (int slot = 0; slot < R::Slots::count; slot++) {
     int expert = R::Slots::expert(slot, lane);
-    Source x = expert < R::experts ? transformed<S>(Source(logits[expert]), numbers) : Source(0);
+    Source x =
+        expert < R::experts ? transformed<S>(as<Source>(logits[expert]), numbers) : Source(0);
     source[slot] = S::selected || S::score == kSoftmax ? x : score_of_one<S::score>(x);
   }
   if constexpr (R::softmax_of_all) {
@@ -106,10 +108,10 @@ inline typename Types::Out weigh(
   using W = typename R::Weighing;
   using Sum = typename Types::Sum;
   using Product = typename Types::Product;
-  Sum weight = Sum(source);
+  Sum weight = as<Sum>(source);
   if constexpr (S::selected) {
     using Score = typename Types::Score;
-    Score x = Score(source);
+    Score x = as<Score>(source);
     using Acc = conditional_t<S::precise, float, Score>;
     weight = Sum(S::score == kSoftmax ? softmax_of_lanes<Acc, R::k>(x, lane)
                                       : score_of_one<S::score>(x));
@@ -128,7 +130,7 @@ inline typename Types::Out weigh(
     weight = Sum(weight / total);
   }
   Product product = lane < R::k ? scaled<Product>(weight, scale, expert) : Product(0);
-  return typename Types::Out(W::scale ? Product(product * Product(numbers.scale)) : product);
+  return as<typename Types::Out>(W::scale ? Product(product * Product(numbers.scale)) : product);
 }
 
 // One token, by one simdgroup. logits, indices and weights are the token's own, scratch the
@@ -152,7 +154,7 @@ inline void route(Logits logits,
 #pragma clang loop unroll(full)
   for (int slot = 0; slot < Slots::count; slot++) {
     int expert = Slots::expert(slot, lane);
-    keys[slot] = expert < R::experts ? biased<Key>(source[slot], bias, expert) : Key(0);
+    keys[slot] = expert < R::experts ? biased<Types>(source[slot], bias, expert) : Key(0);
   }
   if constexpr (R::Groups::drop) {
     mask<R>(keys, scratch, lane);
@@ -238,9 +240,9 @@ using Unchanged = Weighing<false, false, false, false, false>;
 using Granite = Router<40, 8, true, false, Selected, Ungrouped, Unchanged>;
 using Qwen2 = Router<60, 4, false, false, Softmax, Ungrouped, Unchanged>;
 using V3 = Router<256, 8, false, true, Sigmoid, Groups<8, 4, true, true>, Weighing<false, true, false, false, true>>;
-using GraniteTypes = Types<bfloat, bfloat, float, float, float, float>;
-using Qwen2Types = Types<half, half, half, half, half, half>;
-using V3Types = Types<float, float, float, float, float, float>;
+using GraniteTypes = Types<bfloat, bfloat, bfloat, float, float, float, float>;
+using Qwen2Types = Types<half, half, half, half, half, half, half>;
+using V3Types = Types<float, float, float, float, float, float, float>;
 
 template [[host_name("route_e40_k8_granitemoe_bfloat")]] [[kernel]]
 decltype(route_unbiased<Granite, GraniteTypes, bfloat>) route_unbiased<Granite, GraniteTypes, bfloat>;

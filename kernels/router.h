@@ -9,6 +9,12 @@
 namespace moefast {
 namespace router {
 
+// To another type: half and bfloat do not convert into each other.
+template <typename T, typename U>
+inline T as(U x) {
+  return T(float(x));
+}
+
 // The argument for a vector that is not there.
 struct Absent {};
 
@@ -67,9 +73,11 @@ struct Router {
   static constexpr constant bool source_is_key = W::masked || !(biased_ || G::drop);
 };
 
-// What steps compute in. Source: before the choice (logits or scores); Key: keys; Score: scores of
-// the selected; Sum: the weights and their sum; Product: after the expert's factor.
+// What steps compute in. Source: before the choice (logits or scores); Addend: that, where a bias
+// is added to it; Key: their sum; Score: scores of the selected; Sum: the weights and their sum;
+// Product: after the expert's factor.
 template <typename Source_,
+          typename Addend_,
           typename Key_,
           typename Score_,
           typename Sum_,
@@ -77,6 +85,7 @@ template <typename Source_,
           typename Out_>
 struct Types {
   using Source = Source_;
+  using Addend = Addend_;
   using Key = Key_;
   using Score = Score_;
   using Sum = Sum_;

@@ -38,6 +38,17 @@ inline T tanh_of(T x) {
   return T(precise::tanh(float(x)));
 }
 
+// A function of bfloat is one of float, rounded; that of half is its own.
+template <typename T>
+inline T exp_of(T x) {
+  return T(exp(float(x)));
+}
+
+template <>
+inline half exp_of(half x) {
+  return exp(x);
+}
+
 // log(1 + x). MLX has it of float, and rounds a bfloat's once.
 inline float log1p_of(float x) {
   float sum = 1.0f + x;
@@ -55,7 +66,7 @@ inline T sqrt_softplus(T x) {
   T low = x > T(0) ? T(0) : x;
   T sum = high;
   if (!isinf(float(x))) {
-    U log1p = U(log1p_of(float(T(exp(float(T(low - high)))))));
+    U log1p = U(log1p_of(float(exp_of(T(low - high)))));
     sum = T(U(high) + log1p);
   }
   return T(precise::sqrt(float(sum)));

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -27,7 +28,7 @@ _NUMBERS = ("softcap", "temperature", "renormalize_eps", "scale")
 
 def why_not(problem: Problem) -> str | None:
     """Why the kernel cannot run a problem of ``route``, or None."""
-    spec: RouterSpec = problem.details[0]  # type: ignore[assignment]
+    spec: Any = problem.details[0]
     if spec.num_experts > MOST_EXPERTS:
         return f"num_experts={spec.num_experts} > {MOST_EXPERTS}"
     if spec.top_k > MOST_CHOSEN:
@@ -48,32 +49,24 @@ def route(
 ) -> Routing:
     """The reference's routing, in the order that ``mx.argpartition`` has on a GPU. Arguments are those of
     :func:`moefast.backends.reference.route.route`."""
-    shape = (*logits.shape[:-1], spec.top_k)
-    tokens = prod(shape[:-1])
-    made = _launcher(
+    return _router(
         spec,
         logits.dtype,
         None if selection_bias is None else selection_bias.dtype,
         None if expert_scale is None else expert_scale.dtype,
-        tokens >= MANY_TOKENS,
-    )
-    if not tokens:
-        return Routing(mx.zeros(shape, mx.uint32), mx.zeros(shape, made.weights))
-    groups = -(-tokens // made.simdgroups)
-    rows = logits if made.simdgroups == 1 else logits.reshape(tokens, spec.num_experts)  # its shape is read
-    arrays = [rows, *(array for array in (selection_bias, expert_scale) if array is not None)]
-    threads = 32 * made.simdgroups
-    indices, weights = made.function(
-        arrays,
-        template=made.template,
-        grid=(groups * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        outputs=[(shape, mx.uint32), (shape, made.weights)],
-    )
-    return Routing(indices, weights)
+        prod(logits.shape[:-1]) >= MANY_TOKENS,
+    ).run(logits, spec, selection_bias, expert_scale)
 
 
-class _Launcher(NamedTuple):
+def bind(problem: Problem) -> Callable[..., Routing]:
+    """:func:`route` for one problem: nothing is looked up at a call."""
+    details: tuple[Any, ...] = problem.details
+    spec, bias, scale = details
+    many = problem.phase == "prefill"
+    return _router(spec, problem.dtype, bias, scale, many).run
+
+
+class _Router(NamedTuple):
     """A router of certain dtypes: its function and template arguments, how many simdgroups a threadgroup has,
     and the dtype of the weights."""
 
@@ -82,11 +75,37 @@ class _Launcher(NamedTuple):
     simdgroups: int
     weights: mx.Dtype
 
+    def run(
+        self,
+        logits: mx.array,
+        spec: RouterSpec,
+        selection_bias: mx.array | None,
+        expert_scale: mx.array | None,
+    ) -> Routing:
+        shape = (*logits.shape[:-1], spec.top_k)
+        tokens = prod(shape[:-1])
+        if not tokens:
+            return Routing(mx.zeros(shape, mx.uint32), mx.zeros(shape, self.weights))
+        rows = logits
+        if self.simdgroups > 1:  # the kernel reads how many there are
+            rows = logits.reshape(tokens, spec.num_experts)
+        arrays = [array for array in (rows, selection_bias, expert_scale) if array is not None]
+        threads = 32 * self.simdgroups
+        indices, weights = self.function(
+            arrays,
+            template=self.template,
+            grid=(-(-tokens // self.simdgroups) * threads, 1, 1),
+            threadgroup=(threads, 1, 1),
+            outputs=[(shape, mx.uint32), (shape, self.weights)],
+        )
+        return Routing(indices, weights)
+
 
 class _Steps(NamedTuple):
     """The dtype of each step, in the order of Types in ``kernels/route.metal``."""
 
     source: mx.Dtype
+    addend: mx.Dtype
     key: mx.Dtype
     score: mx.Dtype
     sum: mx.Dtype
@@ -98,15 +117,16 @@ def _steps(logits: mx.Dtype, spec: RouterSpec, bias: mx.Dtype | None, scale: mx.
     """What MLX's promotion makes of the reference's formulas."""
     score = logits if spec.score_dtype is None else getattr(mx, spec.score_dtype)
     source = logits if spec.score_over == "selected" else score
-    key = source
+    addend = key = source
     if bias is not None and spec.bias_dtype != "scores":
-        key = _promoted(source if spec.bias_dtype is None else getattr(mx, spec.bias_dtype), bias)
+        addend = source if spec.bias_dtype is None else getattr(mx, spec.bias_dtype)
+        key = _promoted(addend, bias)
     total = key if spec.weights_from == "masked" else score
     product = total if scale is None else _promoted(total, scale)
     out = product
     if spec.weight_dtype is not None:
         out = logits if spec.weight_dtype == "logits" else getattr(mx, spec.weight_dtype)
-    return _Steps(source, key, score, total, product, out)
+    return _Steps(source, addend, key, score, total, product, out)
 
 
 def _promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:
@@ -114,9 +134,9 @@ def _promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:
 
 
 @lru_cache(maxsize=1024)
-def _launcher(
+def _router(
     spec: RouterSpec, logits: mx.Dtype, bias: mx.Dtype | None, scale: mx.Dtype | None, many: bool
-) -> _Launcher:
+) -> _Router:
     steps = _steps(logits, spec, bias, scale)
     words = _scratch_words(spec, bias is not None)
     simdgroups = 1
@@ -130,9 +150,9 @@ def _launcher(
         outputs=("indices", "weights"),
         body=_body(spec, bias is not None, scale is not None, simdgroups, words),
     )
-    names = ("SOURCE", "KEY", "SCORE", "SUM", "PRODUCT", "OUT")
+    names = ("SOURCE", "ADDEND", "KEY", "SCORE", "SUM", "PRODUCT", "OUT")
     template = [(f"{name}_T", dtype) for name, dtype in zip(names, steps, strict=True)]
-    return _Launcher(function, [*template, *_template(spec, bias is not None)], simdgroups, steps.out)
+    return _Router(function, [*template, *_template(spec, bias is not None)], simdgroups, steps.out)
 
 
 def _scratch_words(spec: RouterSpec, biased: bool) -> int:
@@ -181,7 +201,7 @@ using Spec = Router<EXPERTS, K, HIGHEST, BIASED,
     Scoring<SOFTCAP, TEMPERATURE, SCORE, SELECTED, PRECISE>,
     Groups<GROUPS, KEPT, TWO, ZERO>,
     Weighing<MASKED, RENORMALIZE, EPSILON, MAXIMUM, SCALE>>;
-using Steps = Types<SOURCE_T, KEY_T, SCORE_T, SUM_T, PRODUCT_T, OUT_T>;
+using Steps = Types<SOURCE_T, ADDEND_T, KEY_T, SCORE_T, SUM_T, PRODUCT_T, OUT_T>;
 threadgroup uint scratch[{simdgroups * words}];
 size_t token = {token};
 {rest}
