@@ -1,36 +1,32 @@
 """Experts of a few tokens, by mat-vec kernels: two launches for every route of every token.
 
 ``gate_up`` and ``down`` (or ``down_combine``) take flat tokens, ``[tokens, features]``; what they cannot take
-:func:`why_not` says. Weights must be row-contiguous, or MLX copies them without a word.
+:func:`why_not` says. Weights must be row-contiguous, or MLX copies them without a word. Each function has a
+``bind_``: all that depends on layouts and dtypes alone, worked out once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ...weights import (
-    ExpertLayout,
-    ExpertWeights,
-    Layout,
-    Shape,
-    SharedExpert,
-    SharedLayout,
-    dtype_name,
-)
+from ...weights import ExpertLayout, ExpertWeights, Layout, SharedExpert, SharedLayout, dtype_name
 from .activations import functor, literal
-from .launch import Function, Size
-from .operands import Operand, arrays_of, operand_of
+from .launch import Function
+from .matvec import GROUP, LANE, ROUTE, ROWS, SIMDGROUPS, Operands, cover, launcher, reader
+from .matvec import unsigned as unsigned
+from .operands import arrays_of
 
-# Output rows of a simdgroup, and simdgroups of a threadgroup, of gate and up. Four rows of two matrices are
-# MLX's number of sums in registers, twice.
-_ROWS = 4
-_SIMDGROUPS = 2
+_Operands = Operands
 
-_LANES = 32
+
+def _first(weights: ExpertWeights) -> list[mx.array]:
+    """The arrays of gate and up."""
+    gate = () if weights.gate is None else arrays_of(weights.gate)
+    return [*gate, *arrays_of(weights.up)]
 
 
 def why_not(dtype: mx.Dtype, layout: ExpertLayout, shared: SharedLayout | None = None) -> str | None:
@@ -59,28 +55,7 @@ def _why_not(dtype: mx.Dtype, layout: Layout) -> str | None:
     return None
 
 
-class _Launcher(NamedTuple):
-    """A function with the template arguments of one layout."""
-
-    function: Function
-    template: tuple[tuple[str, int | bool | mx.Dtype], ...]
-
-    def __call__(
-        self,
-        inputs: Sequence[mx.array],
-        threadgroups: tuple[int, int],
-        simdgroups: int,
-        outputs: Sequence[tuple[Shape, mx.Dtype]],
-    ) -> list[mx.array]:
-        across, along = threadgroups
-        grid: Size = (_LANES, across * simdgroups, along)
-        return self.function(
-            inputs,
-            template=self.template,
-            grid=grid,
-            threadgroup=(_LANES, simdgroups, 1),
-            outputs=outputs,
-        )
+# -- gate, up, activation ----------------------------------------------------------------------------------
 
 
 def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
@@ -94,42 +69,52 @@ def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
     Returns:
         ``[tokens, top_k, width]`` of x's dtype.
     """
-    layout = weights.layout
-    shape = (*indices.shape, layout.width)
-    if not indices.size:
-        return mx.zeros(shape, x.dtype)
-    (inner,) = _gate_up(layout, indices.shape[1], x.dtype)(
-        [x, unsigned(indices), *_first(weights)],
-        (_cover(layout.width, _ROWS * _SIMDGROUPS), indices.size),
-        _SIMDGROUPS,
-        [(shape, x.dtype)],
-    )
-    return inner
+    return bind_gate_up(weights.layout, indices.shape[1], x.dtype)(x, weights, indices)
+
+
+GateUp = Callable[[mx.array, ExpertWeights, mx.array], mx.array]
 
 
 @lru_cache(maxsize=256)
-def _gate_up(layout: ExpertLayout, top_k: int, dtype: mx.Dtype) -> _Launcher:
-    operands = _Operands(gate=layout.gate, up=layout.up)
+def bind_gate_up(layout: ExpertLayout, top_k: int, dtype: mx.Dtype) -> GateUp:
+    """:func:`gate_up` of weights of this layout, for so many experts per token and x of ``dtype``."""
+    layouts = {"gate": layout.gate, "up": layout.up}
+    operands, width = Operands(**layouts), layout.width
     function = Function(
         name="gate_up",
         file="gate_up.metal",
         inputs=("x", "indices", *operands.names),
         outputs=("inner",),
-        body=_routed(layout, operands, "threadgroup_position_in_grid.z"),
+        body=_routed(layout, operands, ROUTE),
     )
-    return _launcher(function, dtype, operands, _routed_numbers(layout, top_k))
+    numbers = _routed_numbers(layout, top_k)
+    launch = launcher(function, {"T": dtype}, numbers, [operands], cover(width, ROWS * SIMDGROUPS))
+    arrays = reader(layouts)
+
+    def run(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+        tokens = x.shape[0]
+        shape = (tokens, top_k, width)
+        if not tokens:
+            return mx.zeros(shape, dtype)
+        inputs = [x, unsigned(indices), *arrays(weights)]
+        return launch(inputs, tokens * top_k, [(shape, dtype)])[0]
+
+    return run
 
 
-def _routed(layout: ExpertLayout, operands: _Operands, route: str) -> str:
+def _routed(layout: ExpertLayout, operands: Operands, route: str) -> str:
     return f"""
   moefast::gate_up<T, ROWS, K, N, E, TOP_K, GATE_FAST, UP_FAST>(
       x, indices, {operands.stacks["gate"]}, {operands.stacks["up"]}, {functor(layout.activation)}, inner,
-      {_GROUP}, {route}, int(thread_index_in_simdgroup));
+      {GROUP}, {route}, {LANE});
 """
 
 
 def _routed_numbers(layout: ExpertLayout, top_k: int) -> dict[str, int]:
     return {"K": layout.hidden, "N": layout.width, "E": layout.num_experts, "TOP_K": top_k}
+
+
+# -- of the shared expert ----------------------------------------------------------------------------------
 
 
 class SharedInner(NamedTuple):
@@ -143,7 +128,7 @@ class SharedInner(NamedTuple):
 
     expert: SharedExpert
     inner: mx.array
-    logits: mx.array | None
+    logits: mx.array | None = None
 
 
 def shared_gate_up(x: mx.array, shared: SharedExpert) -> SharedInner:
@@ -151,110 +136,115 @@ def shared_gate_up(x: mx.array, shared: SharedExpert) -> SharedInner:
 
     x: ``[tokens, hidden]``.
     """
-    tokens = x.shape[0]
-    shapes = _shared_shapes(shared.layout, tokens)
-    if not tokens:
-        return _shared_inner(shared, [mx.zeros(shape, x.dtype) for shape in shapes])
-    outputs = _shared_gate_up(shared.layout, x.dtype)(
-        [x, *_shared_first(shared)],
-        (_shared_groups(shared.layout), tokens),
-        _SIMDGROUPS,
-        [(shape, x.dtype) for shape in shapes],
-    )
-    return _shared_inner(shared, outputs)
+    return bind_shared_gate_up(shared.layout, x.dtype)(x, shared)
 
 
 @lru_cache(maxsize=256)
-def _shared_gate_up(shared: SharedLayout, dtype: mx.Dtype) -> _Launcher:
-    operands = _shared_operands(shared)
+def bind_shared_gate_up(
+    shared: SharedLayout, dtype: mx.Dtype
+) -> Callable[[mx.array, SharedExpert], SharedInner]:
+    """:func:`shared_gate_up` of a shared expert of this layout, for x of ``dtype``."""
+    part = _Shared(shared)
     function = Function(
         name="shared_gate_up",
         file="gate_up.metal",
-        inputs=("x", *operands.names),
-        outputs=_shared_outputs(shared),
-        body=_shared(shared, operands, "threadgroup_position_in_grid.z"),
+        inputs=("x", *part.operands.names),
+        outputs=part.outputs,
+        body=part.body(ROUTE),
     )
-    return _launcher(function, dtype, operands, {"K": shared.layout.hidden, "SHARED_N": shared.layout.width})
+    numbers = {"K": shared.layout.hidden, "SHARED_N": shared.layout.width}
+    launch = launcher(function, {"T": dtype}, numbers, [part.operands], part.threadgroups)
+
+    def run(x: mx.array, expert: SharedExpert) -> SharedInner:
+        tokens = x.shape[0]
+        shapes = part.shapes(tokens)
+        if not tokens:
+            return SharedInner(expert, *(mx.zeros(shape, dtype) for shape in shapes))
+        outputs = [(shape, dtype) for shape in shapes]
+        return SharedInner(expert, *launch([x, *part.arrays(expert)], tokens, outputs))
+
+    return run
+
+
+class _Shared:
+    """The shared expert's part of a launch of gate_up.metal."""
+
+    def __init__(self, shared: SharedLayout):
+        layout = shared.layout
+        self.gated = shared.output_gate is not None
+        self.width = layout.width
+        self.activation = functor(layout.activation)
+        layouts = {"gate": layout.gate, "up": layout.up, "output_gate": shared.output_gate}
+        self.operands = Operands(**{f"shared_{name}": of for name, of in layouts.items()})
+        self.outputs = ("shared_inner", "shared_logits") if self.gated else ("shared_inner",)
+        self.arrays = reader(layouts)
+        # One simdgroup more than the rows need computes the output gate.
+        self.threadgroups = cover(cover(self.width, ROWS) + self.gated, SIMDGROUPS)
+
+    def body(self, token: str) -> str:
+        stacks = self.operands.stacks
+        return f"""
+  moefast::shared_gate_up<T, ROWS, K, SHARED_N, SHARED_GATE_FAST, SHARED_UP_FAST, SHARED_OUTPUT_GATE_FAST>(
+      x, {stacks["shared_gate"]}, {stacks["shared_up"]}, {self.activation}, {stacks["shared_output_gate"]},
+      shared_inner, {"shared_logits" if self.gated else "moefast::None{}"},
+      {GROUP}, {token}, {LANE});
+"""
+
+    def shapes(self, tokens: int) -> list[tuple[int, ...]]:
+        inner = (tokens, self.width)
+        return [inner, (tokens,)] if self.gated else [inner]
 
 
 def gate_up_with_shared(
     x: mx.array, weights: ExpertWeights, indices: mx.array, shared: SharedExpert
 ) -> tuple[mx.array, SharedInner]:
     """:func:`gate_up` and :func:`shared_gate_up` in one launch."""
-    layout, (tokens, top_k) = weights.layout, indices.shape
-    if not indices.size:
-        return gate_up(x, weights, indices), shared_gate_up(x, shared)
-    shapes = [(tokens, top_k, layout.width), *_shared_shapes(shared.layout, tokens)]
-    across = max(_cover(layout.width, _ROWS * _SIMDGROUPS), _shared_groups(shared.layout))
-    inner, *outputs = _gate_up_with_shared(layout, shared.layout, top_k, x.dtype)(
-        [x, unsigned(indices), *_first(weights), *_shared_first(shared)],
-        (across, tokens * (top_k + 1)),
-        _SIMDGROUPS,
-        [(shape, x.dtype) for shape in shapes],
-    )
-    return inner, _shared_inner(shared, outputs)
+    bound = bind_gate_up_with_shared(weights.layout, shared.layout, indices.shape[1], x.dtype)
+    return bound(x, weights, indices, shared)
+
+
+GateUpWithShared = Callable[[mx.array, ExpertWeights, mx.array, SharedExpert], tuple[mx.array, SharedInner]]
 
 
 @lru_cache(maxsize=256)
-def _gate_up_with_shared(
+def bind_gate_up_with_shared(
     layout: ExpertLayout, shared: SharedLayout, top_k: int, dtype: mx.Dtype
-) -> _Launcher:
-    operands, more = _Operands(gate=layout.gate, up=layout.up), _shared_operands(shared)
+) -> GateUpWithShared:
+    """:func:`gate_up_with_shared` of such weights."""
+    layouts = {"gate": layout.gate, "up": layout.up}
+    operands, part = Operands(**layouts), _Shared(shared)
     function = Function(
         name="gate_up_with_shared",
         file="gate_up.metal",
-        inputs=("x", "indices", *operands.names, *more.names),
-        outputs=("inner", *_shared_outputs(shared)),
+        inputs=("x", "indices", *operands.names, *part.operands.names),
+        outputs=("inner", *part.outputs),
         body=f"""
-  const uint token = threadgroup_position_in_grid.z / (TOP_K + 1);
-  const uint slot = threadgroup_position_in_grid.z % (TOP_K + 1);
+  const uint token = {ROUTE} / (TOP_K + 1), slot = {ROUTE} % (TOP_K + 1);
   if (slot < uint(TOP_K)) {{{_routed(layout, operands, "token * TOP_K + slot")}  }} else {{
-    {_shared(shared, more, "token")}  }}
+    {part.body("token")}  }}
 """,
     )
-    operands.template += more.template
     numbers = {**_routed_numbers(layout, top_k), "SHARED_N": shared.layout.width}
-    return _launcher(function, dtype, operands, numbers)
+    threadgroups = max(cover(layout.width, ROWS * SIMDGROUPS), part.threadgroups)
+    launch = launcher(function, {"T": dtype}, numbers, [operands, part.operands], threadgroups)
+    arrays = reader(layouts)
+
+    def run(
+        x: mx.array, weights: ExpertWeights, indices: mx.array, expert: SharedExpert
+    ) -> tuple[mx.array, SharedInner]:
+        tokens = x.shape[0]
+        shapes = [(tokens, top_k, layout.width), *part.shapes(tokens)]
+        if not tokens:
+            inner, *outputs = (mx.zeros(shape, dtype) for shape in shapes)
+        else:
+            inputs = [x, unsigned(indices), *arrays(weights), *part.arrays(expert)]
+            inner, *outputs = launch(inputs, tokens * (top_k + 1), [(shape, dtype) for shape in shapes])
+        return inner, SharedInner(expert, *outputs)
+
+    return run
 
 
-def _shared_operands(shared: SharedLayout) -> _Operands:
-    layout = shared.layout
-    return _Operands(shared_gate=layout.gate, shared_up=layout.up, shared_output=shared.output_gate)
-
-
-def _shared(shared: SharedLayout, operands: _Operands, token: str) -> str:
-    stacks = operands.stacks
-    return f"""
-  moefast::shared_gate_up<T, ROWS, K, SHARED_N, SHARED_GATE_FAST, SHARED_UP_FAST, SHARED_OUTPUT_FAST>(
-      x, {stacks["shared_gate"]}, {stacks["shared_up"]}, {functor(shared.layout.activation)},
-      {stacks["shared_output"]}, shared_inner,
-      {"shared_logits" if shared.output_gate else "moefast::None{}"},
-      {_GROUP}, {token}, int(thread_index_in_simdgroup));
-"""
-
-
-def _shared_outputs(shared: SharedLayout) -> tuple[str, ...]:
-    return ("shared_inner",) if shared.output_gate is None else ("shared_inner", "shared_logits")
-
-
-def _shared_shapes(shared: SharedLayout, tokens: int) -> list[Shape]:
-    inner = (tokens, shared.layout.width)
-    return [inner] if shared.output_gate is None else [inner, (tokens,)]
-
-
-def _shared_groups(shared: SharedLayout) -> int:
-    """Threadgroups: one simdgroup more than the rows need computes the output gate."""
-    simdgroups = _cover(shared.layout.width, _ROWS) + (shared.output_gate is not None)
-    return _cover(simdgroups, _SIMDGROUPS)
-
-
-def _shared_first(shared: SharedExpert) -> list[mx.array]:
-    output_gate = () if shared.output_gate is None else arrays_of(shared.output_gate)
-    return [*_first(shared), *output_gate]
-
-
-def _shared_inner(shared: SharedExpert, outputs: Sequence[mx.array]) -> SharedInner:
-    return SharedInner(shared, outputs[0], outputs[1] if len(outputs) > 1 else None)
+# -- down --------------------------------------------------------------------------------------------------
 
 
 def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
@@ -268,22 +258,16 @@ def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array
     Returns:
         ``[tokens, top_k, hidden]`` of inner's dtype.
     """
-    layout = weights.layout
-    shape = (*indices.shape, layout.hidden)
-    if not indices.size:
-        return mx.zeros(shape, inner.dtype)
-    (out,) = _down(layout, inner.dtype)(
-        [inner, unsigned(indices), *arrays_of(weights.down)],
-        (_cover(layout.hidden, _ROWS * _SIMDGROUPS), indices.size),
-        _SIMDGROUPS,
-        [(shape, inner.dtype)],
-    )
-    return out
+    return bind_down(weights.layout, inner.dtype)(inner, weights, indices)
 
 
 @lru_cache(maxsize=256)
-def _down(layout: ExpertLayout, dtype: mx.Dtype) -> _Launcher:
-    operands = _Operands(down=layout.down)
+def bind_down(
+    layout: ExpertLayout, dtype: mx.Dtype
+) -> Callable[[mx.array, ExpertWeights, mx.array], mx.array]:
+    """:func:`down` of weights of this layout, for inner activations of ``dtype``."""
+    layouts = {"down": layout.down}
+    operands = Operands(**layouts)
     function = Function(
         name="down",
         file="down.metal",
@@ -291,12 +275,23 @@ def _down(layout: ExpertLayout, dtype: mx.Dtype) -> _Launcher:
         outputs=("out",),
         body=f"""
   moefast::down<T, ROWS, K, N, E, DOWN_FAST>(
-      inner, indices, {operands.stacks["down"]}, out,
-      {_GROUP}, threadgroup_position_in_grid.z, int(thread_index_in_simdgroup));
+      inner, indices, {operands.stacks["down"]}, out, {GROUP}, {ROUTE}, {LANE});
 """,
     )
     numbers = {"K": layout.width, "N": layout.hidden, "E": layout.num_experts}
-    return _launcher(function, dtype, operands, numbers)
+    threadgroups = cover(layout.hidden, ROWS * SIMDGROUPS)
+    launch = launcher(function, {"T": dtype}, numbers, [operands], threadgroups)
+    arrays = reader(layouts)
+
+    def run(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+        tokens, top_k = indices.shape
+        shape = (tokens, top_k, layout.hidden)
+        if not tokens:
+            return mx.zeros(shape, dtype)
+        inputs = [inner, unsigned(indices), *arrays(weights)]
+        return launch(inputs, tokens * top_k, [(shape, dtype)])[0]
+
+    return run
 
 
 def down_combine(
@@ -329,65 +324,63 @@ def down_combine(
     Returns:
         ``[tokens, hidden]`` of inner's dtype.
     """
-    layout = weights.layout
-    tokens, top_k = indices.shape
-    shape = (tokens, layout.hidden)
-    if not tokens:
-        return mx.zeros(shape, inner.dtype)
-    inputs = [inner, unsigned(indices), route_weights, *arrays_of(weights.down)]
-    shared_layout = None
-    if shared is not None:
-        shared_layout = shared.expert.layout
-        inputs += [shared.inner, *arrays_of(shared.expert.down)]
-        if shared.logits is not None:
-            inputs.append(shared.logits)
-    if identity is not None:
-        inputs.append(identity)
-    launcher = _down_combine(
-        layout,
-        shared_layout,
-        top_k,
-        inner.dtype,
-        route_weights.dtype,
-        combine_dtype or route_weights.dtype,
-        identity is not None,
-        scale,
-    )
-    tasks = top_k + (0 if shared_layout is None else _shared_tasks(shared_layout))
-    (out,) = launcher(
-        inputs, (_cover(layout.hidden, _ROWS), tokens), _simdgroups(tasks), [(shape, inner.dtype)]
-    )
-    return out
+    kind = CombineKind(route_weights.dtype, combine_dtype or route_weights.dtype, identity is not None, scale)
+    layout = None if shared is None else shared.expert.layout
+    bound = bind_down_combine(weights.layout, layout, indices.shape[1], inner.dtype, kind)
+    return bound(inner, weights, indices, route_weights, shared, identity)
+
+
+class CombineKind(NamedTuple):
+    """How :func:`down_combine` ends.
+
+    Attributes:
+        weights: dtype of the routing weights.
+        combine: what they are cast to.
+        identity: experts past the end of the stack return x.
+        scale: on everything but the shared expert.
+    """
+
+    weights: mx.Dtype
+    combine: mx.Dtype
+    identity: bool = False
+    scale: float = 1.0
+
+
+DownCombine = Callable[
+    [
+        mx.array,
+        ExpertWeights,
+        mx.array,
+        mx.array,
+        SharedInner | None,
+        mx.array | None,
+    ],
+    mx.array,
+]
 
 
 @lru_cache(maxsize=256)
-def _down_combine(
-    layout: ExpertLayout,
-    shared: SharedLayout | None,
-    top_k: int,
-    dtype: mx.Dtype,
-    weights: mx.Dtype,
-    combine: mx.Dtype,
-    identity: bool,
-    scale: float,
-) -> _Launcher:
-    operands = _Operands(down=layout.down)
-    names = ["inner", "indices", "weights", *operands.names]
+def bind_down_combine(
+    layout: ExpertLayout, shared: SharedLayout | None, top_k: int, dtype: mx.Dtype, kind: CombineKind
+) -> DownCombine:
+    """:func:`down_combine` of such weights; its arguments are ``(inner, weights, indices, route_weights,
+    shared, identity)``."""
+    layouts: Mapping[str, Layout | None] = {"down": layout.down}
+    operands = [Operands(**layouts)]
+    names = ["inner", "indices", "weights", *operands[0].names]
     numbers = {"K": layout.width, "N": layout.hidden, "E": layout.num_experts, "TOP_K": top_k}
     tasks, shared_text = 0, "moefast::NoSharedDown{}"
     if shared is not None:
-        tasks = _shared_tasks(shared)
-        more = _Operands(shared=shared.layout.down)
-        operands.template.extend(more.template)
-        logits = "moefast::None{}" if shared.output_gate is None else "shared_logits"
-        names += ["shared_inner", *more.names, *(["shared_logits"] if shared.output_gate else [])]
-        numbers["SHARED_K"] = shared.layout.width
-        numbers["SHARED_TASKS"] = tasks
+        tasks = 1
+        operands.append(Operands(shared_down=shared.layout.down))
+        gated = shared.output_gate is not None
+        names += ["shared_inner", *operands[1].names, *(["shared_logits"] if gated else [])]
+        numbers |= {"SHARED_K": shared.layout.width, "SHARED_TASKS": tasks}
         shared_text = (
-            f"moefast::shared_down<SHARED_FAST, SHARED_K, SHARED_TASKS>("
-            f"shared_inner, {more.stacks['shared']}, {logits})"
+            "moefast::shared_down<SHARED_DOWN_FAST, SHARED_K, SHARED_TASKS>(shared_inner, "
+            f"{operands[1].stacks['shared_down']}, {'shared_logits' if gated else 'moefast::None{}'})"
         )
-    if identity:
+    if kind.identity:
         names.append("x")
     function = Function(
         name="down_combine",
@@ -397,105 +390,45 @@ def _down_combine(
         body=f"""
   threadgroup T slots[(TOP_K + 1) * ROWS];
   moefast::down_combine<C, A, I, ROWS, SIMDGROUPS, K, N, E, TOP_K, DOWN_FAST>(
-      inner, indices, weights, {operands.stacks["down"]},
-      {shared_text}, {"x" if identity else "moefast::None{}"}, {literal(scale)}, out, slots,
-      int(threadgroup_position_in_grid.y), threadgroup_position_in_grid.z,
-      int(simdgroup_index_in_threadgroup), int(thread_index_in_simdgroup));
+      inner, indices, weights, {operands[0].stacks["down"]},
+      {shared_text}, {"x" if kind.identity else "moefast::None{}"}, {literal(kind.scale)}, out, slots,
+      int(threadgroup_position_in_grid.y), {ROUTE}, int(simdgroup_index_in_threadgroup), {LANE});
 """,
     )
-    launcher = _launcher(function, dtype, operands, numbers, _simdgroups(top_k + tasks))
-    types = {"C": combine, "A": _promoted(dtype, combine), "I": _promoted(dtype, weights)}
-    return launcher._replace(template=(*types.items(), *launcher.template))
+    types = {
+        "T": dtype,
+        "C": kind.combine,
+        "A": _promoted(dtype, kind.combine),
+        "I": _promoted(dtype, kind.weights),
+    }
+    simdgroups = min(top_k + tasks, 32)  # 1024 threads
+    launch = launcher(function, types, numbers, operands, cover(layout.hidden, ROWS), simdgroups)
+    arrays = reader(layouts)
+    shared_arrays = None if shared is None else reader({"down": shared.layout.down})
 
+    def run(
+        inner: mx.array,
+        weights: ExpertWeights,
+        indices: mx.array,
+        route_weights: mx.array,
+        shared_inner: SharedInner | None = None,
+        identity: mx.array | None = None,
+    ) -> mx.array:
+        tokens = indices.shape[0]
+        shape = (tokens, layout.hidden)
+        if not tokens:
+            return mx.zeros(shape, dtype)
+        inputs = [inner, unsigned(indices), route_weights, *arrays(weights)]
+        if shared_inner is not None and shared_arrays is not None:
+            inputs += [shared_inner.inner, *shared_arrays(shared_inner.expert)]
+            if shared_inner.logits is not None:
+                inputs.append(shared_inner.logits)
+        if identity is not None:
+            inputs.append(identity)
+        return launch(inputs, tokens, [(shape, dtype)])[0]
 
-def _shared_tasks(shared: SharedLayout) -> int:
-    """Among how many simdgroups the shared expert's rows of a threadgroup are split."""
-    return 1
-
-
-def _simdgroups(tasks: int) -> int:
-    """Of a threadgroup that has so many: not more than 1024 threads."""
-    return min(tasks, 32)
+    return run
 
 
 def _promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:
     return a if a == b else mx.float32  # of two float dtypes
-
-
-# The simdgroup's number among those of its route.
-_GROUP = "int(threadgroup_position_in_grid.y * SIMDGROUPS + simdgroup_index_in_threadgroup)"
-
-
-class _Operands:
-    """Projections as a kernel sees them, by prefix; those that are None it does not have.
-
-    Attributes:
-        names: of their buffers.
-        stacks: Metal text of each.
-        template: their template arguments; also ``<PREFIX>_FAST``.
-    """
-
-    def __init__(self, **layouts: Layout | None):
-        self.names: list[str] = []
-        self.stacks: dict[str, str] = {}
-        self.template: list[tuple[str, int | bool]] = []
-        for prefix, layout in layouts.items():
-            self.template.append((f"{prefix.upper()}_FAST", layout is not None and _is_fast(layout)))
-            self.stacks[prefix] = "moefast::None{}"
-            if layout is not None:
-                operand = operand_of(prefix, layout)
-                self.names += operand.names
-                self.template += operand.template
-                self.stacks[prefix] = _stack(prefix, operand)
-
-
-def _launcher(
-    function: Function,
-    dtype: mx.Dtype,
-    operands: _Operands,
-    numbers: dict[str, int],
-    simdgroups: int = _SIMDGROUPS,
-) -> _Launcher:
-    more = {"ROWS": _ROWS, "SIMDGROUPS": simdgroups}
-    return _Launcher(function, (("T", dtype), *numbers.items(), *more.items(), *operands.template))
-
-
-def _first(weights: ExpertWeights | SharedExpert) -> list[mx.array]:
-    """The arrays of gate and up."""
-    gate = () if weights.gate is None else arrays_of(weights.gate)
-    return [*gate, *arrays_of(weights.up)]
-
-
-def unsigned(indices: mx.array) -> mx.array:
-    """Indices as the kernels take them; what is no index of an expert still is none."""
-    if indices.dtype == mx.uint32:
-        return indices
-    if indices.dtype.size == 8:  # the upper half must not be lost
-        indices = mx.where((indices < 0) | (indices > 0xFFFFFFFF), 0xFFFFFFFF, indices)
-    return indices.astype(mx.uint32)
-
-
-def _is_fast(layout: Layout) -> bool:
-    """Whether MLX 0.32.4 takes the mat-vec kernel with longer chunks.
-
-    K must be a number of its blocks (``qmv_fast_k_alignment`` of MLX's ``quantized.cpp``) and, in a stack, N
-    one of its threadgroups' 8 rows; of a single matrix that kernel also takes others.
-    """
-    if layout.quant is None:
-        return False
-    bits = layout.quant.bits
-    pack = 8 if bits in (3, 5) else 4 if bits == 6 else 32 // bits
-    block = pack * (1 if bits == 2 else 2) * _LANES
-    return layout.in_dims % block == 0 and (layout.num_experts == 0 or layout.out_dims % 8 == 0)
-
-
-def _stack(prefix: str, operand: Operand) -> str:
-    """Metal text of a projection's buffers."""
-    parts = (f"{prefix}_{part}" for part in ("weight", "scales", "biases", "bias", "global_scale"))
-    buffers = ", ".join(part if part in operand.names else "moefast::None{}" for part in parts)
-    template = ", ".join(name for name, _ in operand.template)
-    return f"moefast::stack_of<{template}>({buffers})"
-
-
-def _cover(size: int, tile: int) -> int:
-    return (size + tile - 1) // tile
