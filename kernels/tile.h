@@ -52,7 +52,7 @@ struct TilePlace {
   using Shape = typename TileSums<HEIGHT, MATRICES>::Shape;
   uint down, across, lane_row, lane_column;
 
-  explicit TilePlace(TileThread at)
+  explicit TilePlace(TileThread at) thread
       : down(at.simdgroup / Shape::kSimdgroupsAcross * Shape::kDown * 8),
         across(at.simdgroup % Shape::kSimdgroupsAcross * Shape::kAcross * 8),
         lane_row((at.lane / 4 & 4) + at.lane / 2 % 4),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from metal import emulated
 
 from moefast.backends.metal.plan import MAX_EXPERTS, Plan, geometry, plan
@@ -62,17 +64,16 @@ TWO_LAUNCHES = (
 LARGE = (Case(4096, 8, 256), Case(4096, 10, 512, "hot"), Case(2048, 8, 1024, "few", height=64))
 
 
-def check(case: Case, made: Plan) -> None:
-    flat = case.indices().reshape(-1)
-    key = np.minimum(flat, case.experts)
+def check(indices: np.ndarray, experts: int, made: Plan) -> None:
+    key = np.minimum(indices.reshape(-1), experts)
     order, offsets, tiles = (np.array(array).astype(np.int64) for array in made[:3])
     assert np.array_equal(order, np.argsort(key, kind="stable"))
-    starts = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=case.experts + 1))])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(key, minlength=experts + 1))])
     assert np.array_equal(offsets, starts)
     want = [
-        (expert, place, min(case.height, starts[expert + 1] - place))
-        for expert in range(case.experts + 1)
-        for place in range(starts[expert], starts[expert + 1], case.height)
+        (expert, place, min(made.height, starts[expert + 1] - place))
+        for expert in range(experts + 1)
+        for place in range(starts[expert], starts[expert + 1], made.height)
     ]
     assert len(want) <= len(tiles)
     assert np.array_equal(tiles[: len(want)], np.array(want).reshape(-1, 3))
@@ -84,7 +85,7 @@ def test_one_launch(case: Case) -> None:
     with emulated(seed=case.tokens) as launches:
         made = plan(mx.array(case.indices().astype(np.uint32)), case.experts, case.height)
     assert len(launches) == (case.tokens > 0)
-    check(case, made)
+    check(case.indices(), case.experts, made)
 
 
 @pytest.mark.parametrize("case", TWO_LAUNCHES, ids=str)
@@ -93,7 +94,7 @@ def test_two_launches(case: Case, seed: int) -> None:
     with emulated(seed=seed) as launches:
         made = plan(mx.array(case.indices().astype(np.uint32)), case.experts, case.height)
     assert [launch.name for launch in launches] == ["plan_count", "plan_place"]
-    check(case, made)
+    check(case.indices(), case.experts, made)
     for launch in launches:
         assert launch.result is not None
         assert launch.result.counters.atomics == 0
@@ -105,7 +106,7 @@ def test_two_launches(case: Case, seed: int) -> None:
 def test_large(case: Case, seed: int) -> None:
     with emulated(seed=seed):
         made = plan(mx.array(case.indices().astype(np.uint32)), case.experts, case.height)
-    check(case, made)
+    check(case.indices(), case.experts, made)
 
 
 @pytest.mark.slow
@@ -113,7 +114,17 @@ def test_large(case: Case, seed: int) -> None:
 def test_a_million_routes(case: Case) -> None:
     with emulated(check=False):
         made = plan(mx.array(case.indices().astype(np.uint32)), case.experts, case.height)
-    check(case, made)
+    check(case.indices(), case.experts, made)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_routes(data: st.DataObject) -> None:
+    experts, height = data.draw(st.sampled_from((1, 5, 64))), data.draw(st.sampled_from((8, 32)))
+    routes = data.draw(st.lists(st.integers(0, experts + 1), min_size=1, max_size=200))
+    with emulated(seed=data.draw(st.integers(0, 100))):
+        made = plan(mx.array(routes, dtype=mx.uint32), experts, height)
+    check(np.array(routes), experts, made)
 
 
 @pytest.mark.parametrize("dtype", [mx.int8, mx.int32, mx.int64, mx.uint8, mx.uint64], ids=str)

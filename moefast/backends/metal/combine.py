@@ -97,29 +97,17 @@ def combine(
     tokens, top_k, hidden = y.shape
     if tokens == 0:
         return mx.zeros((0, hidden), y.dtype)
-    cast = combine_dtype or weights.dtype
     inputs = [y, weights]
-    template: list[tuple[str, int | mx.Dtype]] = [
-        ("T", y.dtype),
-        ("C", cast),
-        ("P", promoted(y.dtype, cast)),
-        ("TOP_K", top_k),
-        ("HIDDEN", hidden),
-    ]
     num_experts = 0
     if identity is not None:
         x, indices, num_experts = identity
         inputs += [x, indices]
-        template += [
-            ("W", weights.dtype),
-            ("P_OF_WEIGHTS", promoted(y.dtype, weights.dtype)),
-            ("EXPERTS", num_experts),
-        ]
     if shared is not None:
         inputs.append(shared)
         if shared_gate is not None:
             inputs.append(shared_gate)
     extras = Extras(num_experts, scale, shared is not None, shared_gate is not None)
+    template = _template(y.dtype, weights.dtype, combine_dtype or weights.dtype, top_k, hidden, num_experts)
     columns = -(-hidden // _COLUMNS)
     threads = min(_THREADS, -(-columns // 32) * 32)
     (out,) = _function(extras)(
@@ -130,6 +118,25 @@ def combine(
         outputs=[((tokens, hidden), y.dtype)],
     )
     return out
+
+
+@lru_cache(maxsize=256)
+def _template(
+    dtype: mx.Dtype, weights: mx.Dtype, cast: mx.Dtype, top_k: int, hidden: int, num_experts: int
+) -> tuple[tuple[str, int | mx.Dtype], ...]:
+    identity = (
+        ("W", weights),
+        ("P_OF_WEIGHTS", promoted(dtype, weights)),
+        ("EXPERTS", num_experts),
+    )
+    return (
+        ("T", dtype),
+        ("C", cast),
+        ("P", promoted(dtype, cast)),
+        ("TOP_K", top_k),
+        ("HIDDEN", hidden),
+        *(identity if num_experts else ()),
+    )
 
 
 def promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:

@@ -76,11 +76,13 @@ class Geometry(NamedTuple):
         simdgroups: of a threadgroup.
         groups: threadgroups; with more than one there are two launches.
         tiles: as many as there can be.
+        template: of the launch that places; the one that counts has no HEIGHT.
     """
 
     simdgroups: int
     groups: int
     tiles: int
+    template: tuple[tuple[str, int], ...]
 
 
 @lru_cache(maxsize=1024)
@@ -91,7 +93,8 @@ def geometry(routes: int, num_experts: int, height: int) -> Geometry:
         simdgroups //= 2
     each = min(max(-(-routes // _MOST_GROUPS), _ROUTES_EACH), _MOST_ROUTES_EACH)
     groups = 1 if routes <= _ONE_GROUP else -(-routes // each)
-    return Geometry(simdgroups, groups, routes // height + min(num_experts + 1, routes))
+    template = (("EXPERTS", num_experts), ("SIMDGROUPS", simdgroups), ("HEIGHT", height))
+    return Geometry(simdgroups, groups, routes // height + min(num_experts + 1, routes), template)
 
 
 def flat_indices(indices: mx.array, num_experts: int) -> mx.array:
@@ -99,7 +102,8 @@ def flat_indices(indices: mx.array, num_experts: int) -> mx.array:
     if indices.dtype in (mx.int64, mx.uint64):  # a cast would wrap them into the range
         exists = (indices >= 0) & (indices < num_experts)
         indices = mx.where(exists, indices, num_experts)
-    return indices.reshape(-1).astype(mx.uint32)
+    flat = indices if indices.ndim == 1 else indices.reshape(-1)
+    return flat if flat.dtype == mx.uint32 else flat.astype(mx.uint32)
 
 
 def plan(indices: mx.array, num_experts: int, height: int) -> Plan:
@@ -118,15 +122,13 @@ def plan(indices: mx.array, num_experts: int, height: int) -> Plan:
     if routes == 0:
         order, offsets, tiles = (mx.zeros(*output) for output in outputs)
         return Plan(order, offsets, tiles, height)
-    template = [("EXPERTS", num_experts), ("SIMDGROUPS", how.simdgroups)]
-    placing = [*template, ("HEIGHT", height)]
     group = (32 * how.simdgroups, 1, 1)
     if how.groups == 1:
-        made = _PLAN([flat], template=placing, grid=group, threadgroup=group, outputs=outputs)
+        made = _PLAN([flat], template=how.template, grid=group, threadgroup=group, outputs=outputs)
     else:
         grid = (group[0] * how.groups, 1, 1)
         counts = ((how.groups, num_experts + 1), mx.uint32)
-        counted = _COUNT([flat], template=template, grid=grid, threadgroup=group, outputs=[counts])
-        made = _PLACE([flat, *counted], template=placing, grid=grid, threadgroup=group, outputs=outputs)
+        counted = _COUNT([flat], template=how.template[:2], grid=grid, threadgroup=group, outputs=[counts])
+        made = _PLACE([flat, *counted], template=how.template, grid=grid, threadgroup=group, outputs=outputs)
     order, offsets, tiles = made
     return Plan(order, offsets, tiles, height)

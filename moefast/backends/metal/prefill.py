@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ...weights import ExpertLayout, ExpertWeights, Layout, Projection
+from ...weights import ExpertLayout, ExpertWeights, Layout
 from ..reference.activations import activate
 from ..reference.matmul import gathered
 from .activations import functor
@@ -41,11 +42,41 @@ def height_of(routes: int, num_experts: int) -> int:
     return 64 if each >= 128 else 32 if each >= 32 else 16
 
 
+class _Product(NamedTuple):
+    """One of the two products, for weights of one layout.
+
+    Attributes:
+        function, template: of the kernel.
+        projections: names of its weights, in the order of its inputs.
+        columns: of the result.
+        blocks: threadgroups to a tile.
+    """
+
+    function: Function
+    template: tuple[tuple[str, int | mx.Dtype], ...]
+    projections: tuple[str, ...]
+    columns: int
+    blocks: int
+
+    def __call__(self, x: mx.array, weights: ExpertWeights, made: Plan) -> mx.array:
+        inputs = [x, made.order, made.tiles]
+        for name in self.projections:
+            inputs += arrays_of(getattr(weights, name))
+        (out,) = self.function(
+            inputs,
+            template=self.template,
+            grid=(self.blocks * _THREADS, made.tiles.shape[0], 1),
+            threadgroup=(_THREADS, 1, 1),
+            outputs=[((made.order.size, self.columns), x.dtype)],
+        )
+        return out
+
+
 @lru_cache(maxsize=256)
-def _gate_up(layout: ExpertLayout) -> Function:
-    projections = {"up": layout.up} if layout.gate is None else {"gate": layout.gate, "up": layout.up}
+def _gate_up(layout: ExpertLayout, dtype: mx.Dtype, top_k: int, height: int) -> _Product:
     activation = functor(layout.activation)
-    return Function(
+    projections = {"up": layout.up} if layout.gate is None else {"gate": layout.gate, "up": layout.up}
+    function = Function(
         name=_name("grouped_gate_up", *map(_presence, projections.values()), activation),
         file="grouped_gemm.metal",
         inputs=("x", "order", "tiles", *_names(projections)),
@@ -57,18 +88,36 @@ moefast::grouped_gate_up<EXPERTS, TOP_K, HIDDEN, WIDTH>(
     {_stack("up", layout.up)},
     x, order, tiles, inner, memory, {_GROUP}, {_THREAD});""",
     )
+    template = (*_template(layout, dtype, height, projections), ("TOP_K", top_k))
+    each = _TILE_WIDTH // len(projections)
+    return _Product(function, template, tuple(projections), layout.width, -(-layout.width // each))
 
 
 @lru_cache(maxsize=256)
-def _down(layout: Layout) -> Function:
-    return Function(
-        name=_name("grouped_down", _presence(layout)),
+def _down(layout: ExpertLayout, dtype: mx.Dtype, height: int) -> _Product:
+    function = Function(
+        name=_name("grouped_down", _presence(layout.down)),
         file="grouped_gemm.metal",
-        inputs=("inner", "order", "tiles", *_names({"down": layout})),
+        inputs=("inner", "order", "tiles", *_names({"down": layout.down})),
         outputs=("out",),
         body=f"""{_MEMORY}
 moefast::grouped_down<EXPERTS, HIDDEN, WIDTH>(
-    {_stack("down", layout)}, inner, order, tiles, out, memory, {_GROUP}, {_THREAD});""",
+    {_stack("down", layout.down)}, inner, order, tiles, out, memory, {_GROUP}, {_THREAD});""",
+    )
+    template = _template(layout, dtype, height, {"down": layout.down})
+    return _Product(function, template, ("down",), layout.hidden, -(-layout.hidden // _TILE_WIDTH))
+
+
+def _template(
+    layout: ExpertLayout, dtype: mx.Dtype, height: int, projections: dict[str, Layout]
+) -> tuple[tuple[str, int | mx.Dtype], ...]:
+    return (
+        ("T", dtype),
+        ("HEIGHT", height),
+        ("EXPERTS", layout.num_experts),
+        ("HIDDEN", layout.hidden),
+        ("WIDTH", layout.width),
+        *(number for prefix, own in projections.items() for number in operand_of(prefix, own).template),
     )
 
 
@@ -97,47 +146,12 @@ def _stack(prefix: str, layout: Layout) -> str:
 
 def gate_up(x: mx.array, weights: ExpertWeights, made: Plan, top_k: int) -> mx.array:
     """``activation(gate(x), up(x))`` of every route, ``[routes, width]`` in the plan's order."""
-    layout = weights.layout
-    projections: list[tuple[str, Projection]] = [("up", weights.up)]
-    if weights.gate is not None:
-        projections.insert(0, ("gate", weights.gate))
-    columns = _TILE_WIDTH // len(projections)
-    (inner,) = _gate_up(layout)(
-        [x, made.order, made.tiles, *(array for _, p in projections for array in arrays_of(p))],
-        template=[
-            ("T", x.dtype),
-            ("HEIGHT", made.height),
-            ("EXPERTS", layout.num_experts),
-            ("TOP_K", top_k),
-            ("HIDDEN", layout.hidden),
-            ("WIDTH", layout.width),
-            *(number for prefix, p in projections for number in operand_of(prefix, p.layout).template),
-        ],
-        grid=(-(-layout.width // columns) * _THREADS, made.tiles.shape[0], 1),
-        threadgroup=(_THREADS, 1, 1),
-        outputs=[((made.order.size, layout.width), x.dtype)],
-    )
-    return inner
+    return _gate_up(weights.layout, x.dtype, top_k, made.height)(x, weights, made)
 
 
 def down(inner: mx.array, weights: ExpertWeights, made: Plan) -> mx.array:
     """``down(inner)`` of every route, ``[routes, hidden]``, in the order of routes again."""
-    layout = weights.layout
-    (out,) = _down(layout.down)(
-        [inner, made.order, made.tiles, *arrays_of(weights.down)],
-        template=[
-            ("T", inner.dtype),
-            ("HEIGHT", made.height),
-            ("EXPERTS", layout.num_experts),
-            ("HIDDEN", layout.hidden),
-            ("WIDTH", layout.width),
-            *operand_of("down", layout.down).template,
-        ],
-        grid=(-(-layout.hidden // _TILE_WIDTH) * _THREADS, made.tiles.shape[0], 1),
-        threadgroup=(_THREADS, 1, 1),
-        outputs=[((made.order.size, layout.hidden), inner.dtype)],
-    )
-    return out
+    return _down(weights.layout, inner.dtype, made.height)(inner, weights, made)
 
 
 def switch_glu(
@@ -187,12 +201,11 @@ def experts(
         ``[tokens, hidden]`` in x's dtype.
     """
     num_experts = weights.layout.num_experts
-    indices = flat_indices(indices, num_experts).reshape(indices.shape)
     return combine(
         switch_glu(x, weights, indices, height=height),
         route_weights,
         combine_dtype,
-        identity=(x, indices, num_experts) if identity else None,
+        identity=(x, flat_indices(indices, num_experts), num_experts) if identity else None,
         scale=scale,
         shared=shared,
         shared_gate=shared_gate,
