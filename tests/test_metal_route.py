@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from importlib import import_module
+from typing import Any
 
 import mlx.core as mx
 import mlx_routing
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from metal import emulated
 from strategies import router_specs
 
-from moefast import RouterSpec
+from moefast import RouterSpec, emulator
 from moefast.backends.metal import launch
 from moefast.backends.metal import route as metal_route
 from moefast.backends.reference.route import route as reference
@@ -342,6 +344,28 @@ def test_equal_groups_are_settled_by_index(ties: str) -> None:
     got, _ = run(mx.zeros((1, 32)), spec)
     want = [[24, 25, 26, 27]] if ties == "lowest" else [[28, 29, 30, 31]]
     np.testing.assert_array_equal(np.array(got.indices), want)
+
+
+@pytest.mark.parametrize("ties", ["lowest", "highest"])
+def test_denormals_may_be_flushed(
+    ties: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """As GPUs may do with those of float: all that are left of equal keys are their indices, as in MLX."""
+    spec = RouterSpec(num_experts=64, top_k=8, score_over="selected", ties=ties)
+    logits = rng.standard_normal((33, 64)).astype(np.float32)
+    logits[:16] *= 1e-39
+    logits[16:] *= 1e-38  # some are normal
+    kept, _ = run(mx.array(logits), spec)
+    emulated_launch = emulator.launch
+
+    def flushing(*args: Any, **options: Any) -> emulator.Result:
+        return emulated_launch(*args, **{**options, "denormals": "flush"})
+
+    monkeypatch.setattr(emulator, "launch", flushing)
+    monkeypatch.setattr(import_module("moefast.emulator.metal_kernel"), "launch", flushing)
+    got, _ = run(mx.array(logits), spec)
+    assert_equals_mlx(got, mlx_routing.route(mx.array(logits), spec), spec)
+    assert (np.array(got.indices)[:16] != np.array(kept.indices)[:16]).any()
 
 
 # -- tokens ------------------------------------------------------------------------------------------------
