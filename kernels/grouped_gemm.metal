@@ -15,15 +15,16 @@
 //
 // Launch: threadgroups of 128 threads, four simdgroups; x counts columns of the result, 64 at a
 // time (32 where there are two matrices), y counts tiles; tiles without rows return at once.
-// Neighbouring threadgroups share rows of x. A simdgroup owns a half (HEIGHT 16: a fourth) of the
-// tile's columns, and of its rows a half.
+// Neighbouring threadgroups share rows of x. A simdgroup owns half of the tile's rows and half of
+// its columns; with HEIGHT 16 all rows and a fourth of the columns.
 //
 // Memory: a tile reads its packed weights once, and its rows of x once for each 64 (32) columns.
 // Threadgroup: (HEIGHT + 64) rows of 32 values and 16 bytes: 18 KB for 64 rows of float, 7.5 KB for
 // 32 of half.
 //
-// Weights are rounded to T, products added in float; what a projection gives is rounded to T before
-// and after its bias is added, and so is every step of the activation:
+// Weights are rounded to T, products added in float, column after column: the bits of a route
+// depend neither on HEIGHT nor on other routes. What a projection gives is rounded to T before and
+// after its bias is added, and so is every step of the activation:
 // moefast/backends/reference/experts.py, within the bounds of moefast/testing.py.
 #include "activation.h"
 #include "tile.h"

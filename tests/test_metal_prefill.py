@@ -138,6 +138,21 @@ def test_activations(activation: Activation, floats: Floats, projection: MakePro
     check(case, floats, projection)
 
 
+def test_bits_of_a_route_depend_on_nothing_else(floats: Floats, projection: MakeProjection) -> None:
+    """Not on the tile's height, on other routes or on the order of threads."""
+    p = problem(Case(65, kind="hot", formats="affine4-g32"), floats, projection)
+
+    def run(rows: slice, height: int, seed: int) -> np.ndarray:
+        with emulated(seed=seed):
+            made = prefill.switch_glu(p.x[rows], p.weights, p.indices[rows], height=height)
+        return np.array(made.view(mx.uint32))
+
+    want = run(slice(None), 16, 0)
+    for height, seed in ((32, 1), (64, 2)):
+        assert np.array_equal(run(slice(None), height, seed), want)
+    assert np.array_equal(run(slice(30, 37), 16, 3), want[30:37])
+
+
 LARGE = (
     *(Case(513, top_k=8, formats=f, dtype=d) for f in ("plain", "affine4-g32") for d in DTYPES),
     Case(513, top_k=4, hidden=256, width=192, formats="affine4-g64", dtype=mx.bfloat16, kind="hot"),
