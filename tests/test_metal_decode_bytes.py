@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx_chain as chain
 import numpy as np
 import pytest
-from factories import Floats, MakeExperts
+from factories import Floats, MakeExperts, MakeShared
 from metal import emulated
 from mlx_kernels import bits
 from test_metal_decode_bits import MODELS, down_of_mlx, gate_up_of_mlx, routes_of
@@ -85,3 +85,33 @@ def test_bytes_of_the_models(
     of_mlx += scales[1] * down.counters.buffers["x"].loaded
     assert ours <= OF_X * of_mlx, ours / of_mlx
     assert bits(x).nbytes == mine[0].counters.buffers["x"].unique
+
+
+@pytest.mark.parametrize("width", [5632, 1408], ids=["qwen2", "glm4"])
+def test_bytes_of_the_shared_expert(
+    width: int,
+    expert_weights: MakeExperts,
+    shared_expert: MakeShared,
+    floats: Floats,
+    rng: np.random.Generator,
+) -> None:
+    """In the launches of the routed experts; its weights, too, are read once."""
+    quant, dtype, rows = QuantSpec(), mx.bfloat16, 64
+    indices = routes_of(rng, 1, 2)
+    x, route_weights = floats(1, 2048, dtype=dtype), mx.abs(floats(1, 2))
+    first = expert_weights(4, 2048, rows, quant=quant, dtype=dtype)
+    second = expert_weights(4, rows, 128, quant=quant, dtype=dtype)
+    shared_first = shared_expert(2048, rows, output_gate=True, quant=quant, dtype=dtype)
+    shared_second = shared_expert(rows, width, output_gate=True, quant=quant, dtype=dtype)
+    with emulated() as launches:
+        _, kept = decode.gate_up_with_shared(x, first, indices, shared_first)
+        kept = decode.SharedInner(shared_second, floats(1, width, dtype=dtype), kept.logits)
+        inner = floats(1, 2, 128, dtype=dtype)
+        decode.down_combine(inner, second, indices, route_weights, shared=kept)
+    for made in launches:
+        assert made.result is not None
+        read = of_weights(made.result.counters)
+        assert read["packed"] == read["unique packed"]
+        assert read["per threadgroup"] == read["unique others"]
+    assert launches[0].result is not None
+    assert launches[0].result.counters.buffers["shared_output_gate_weight"].unique == 2048 // 2
