@@ -6,8 +6,9 @@ Each route gives the bits that ``decode`` gives it, whatever else is in the call
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,51 +16,23 @@ from ...errors import refuse
 from ...weights import ExpertLayout, ExpertWeights
 from .activations import functor
 from .combine import combine
-from .decode import _first, _Operands, unsigned
 from .launch import Function
-from .operands import arrays_of
+from .matvec import LANE, ROUTE, ROWS, Launcher, Operands, cover, launcher, reader, unsigned
 
 # kernels/band.h: a threadgroup keeps a list of up to so many routes.
 MAX_TOKENS = 128
 MAX_TOP_K = 64
 
-_LANES = 32
-# Routes that share what is read of the weights: more would take more registers than there are for a thread.
+# Routes that share what is read of the weights. With ROWS products of each a simdgroup has 32 sums, and of
+# 4-bit weights 64 values, in 32 registers: twice as much of either is more than a thread has.
 _TALLEST = 8
-# Products of a route that a simdgroup has at a time: with 8 routes 32 sums, and of 4-bit weights 64 values
-# in registers.
-_PRODUCTS = 4
-# Threadgroups share the reading of indices: 4 KB for 127 tokens of 8 routes, when the weights that one reads
-# for 2048 columns are 18 KB.
+# Threadgroups read all indices, simdgroups a part each: 4 KB for 127 tokens of 8 routes, when 16 rows of
+# weights of 2048 columns and 4 bits are 18 KB.
 _SIMDGROUPS = 4
 
-
-class _Shape(NamedTuple):
-    """What a kernel is compiled for, beside the experts."""
-
-    height: int
-    top_k: int
-    dtype: mx.Dtype
-
-
-class _Kernel(NamedTuple):
-    function: Function
-    template: tuple[tuple[str, int | bool | mx.Dtype], ...]
-    rows: int
-
-    def __call__(self, inputs: list[mx.array], num_experts: int, out_dims: int) -> mx.array:
-        """inputs: first x or inner, then indices."""
-        indices = inputs[1]
-        each = self.rows * _SIMDGROUPS
-        slots = indices.size if indices.size <= num_experts else num_experts + 1
-        (out,) = self.function(
-            inputs,
-            template=self.template,
-            grid=(_LANES, -(-out_dims // each) * _SIMDGROUPS, slots),
-            threadgroup=(_LANES, _SIMDGROUPS, 1),
-            outputs=[((*indices.shape, out_dims), inputs[0].dtype)],
-        )
-        return out
+_MEMORY = "threadgroup moefast::BandMemory<TOP_K, SIMDGROUPS> memory;"
+_ROUTES = "uint(indices_shape[0]) * TOP_K"
+_PLACE = f"threadgroup_position_in_grid.y, {ROUTE}, {{simdgroup_index_in_threadgroup, uint({LANE})}}"
 
 
 def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
@@ -76,31 +49,34 @@ def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
     Raises:
         ValueError: more tokens than ``MAX_TOKENS``, or a larger top_k than ``MAX_TOP_K``.
     """
-    layout = weights.layout
-    _check(indices)
-    if not indices.size:
-        return mx.zeros((*indices.shape, layout.width), x.dtype)
-    kernel = _gate_up(layout, _shape(indices, x.dtype))
-    return kernel([x, unsigned(indices), *_first(weights)], layout.num_experts, layout.width)
+    return _launch(_gate_up, x, weights, indices)
+
+
+Read = Callable[[Any], Sequence[mx.array]]
+Bound = tuple[Launcher, Read, int]
 
 
 @lru_cache(maxsize=256)
-def _gate_up(layout: ExpertLayout, shape: _Shape) -> _Kernel:
-    operands = _Operands(gate=layout.gate, up=layout.up)
+def _gate_up(layout: ExpertLayout, height: int, top_k: int, dtype: mx.Dtype) -> Bound:
+    layouts = {"gate": layout.gate, "up": layout.up}
+    operands = Operands(**layouts)
+    rows = ROWS if layout.gate is None else ROWS // 2  # of each matrix
     function = Function(
         name="band_gate_up",
         file="band.metal",
         inputs=("x", "indices", *operands.names),
         outputs=("inner",),
         body=f"""
-  threadgroup moefast::BandMemory<TOP_K, SIMDGROUPS> memory;
-  moefast::band_gate_up<HEIGHT, ROWS, K, N, E, GATE_FAST, UP_FAST>(
-      x, indices, uint(indices_shape[0]) * TOP_K, {operands.stacks["gate"]}, {operands.stacks["up"]},
+  {_MEMORY}
+  moefast::band_gate_up<HEIGHT, {rows}, K, N, E, GATE_FAST, UP_FAST>(
+      x, indices, {_ROUTES}, {operands.stacks["gate"]}, {operands.stacks["up"]},
       {functor(layout.activation)}, inner, memory, {_PLACE});
 """,
     )
-    rows = _PRODUCTS if layout.gate is None else _PRODUCTS // 2
-    return _kernel(function, layout, shape, rows, {"K": layout.hidden, "N": layout.width}, operands)
+    numbers = {"K": layout.hidden, "N": layout.width, **_numbers(layout, height, top_k)}
+    groups = cover(layout.width, rows * _SIMDGROUPS)
+    launch = launcher(function, {"T": dtype}, numbers, [operands], groups, _SIMDGROUPS)
+    return launch, reader(layouts), layout.width
 
 
 def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
@@ -117,69 +93,57 @@ def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array
     Raises:
         ValueError: see :func:`gate_up`.
     """
-    layout = weights.layout
-    _check(indices)
-    if not indices.size:
-        return mx.zeros((*indices.shape, layout.hidden), inner.dtype)
-    kernel = _down(layout, _shape(indices, inner.dtype))
-    return kernel([inner, unsigned(indices), *arrays_of(weights.down)], layout.num_experts, layout.hidden)
+    return _launch(_down, inner, weights, indices)
 
 
 @lru_cache(maxsize=256)
-def _down(layout: ExpertLayout, shape: _Shape) -> _Kernel:
-    operands = _Operands(down=layout.down)
+def _down(layout: ExpertLayout, height: int, top_k: int, dtype: mx.Dtype) -> Bound:
+    layouts = {"down": layout.down}
+    operands = Operands(**layouts)
     function = Function(
         name="band_down",
         file="band.metal",
         inputs=("inner", "indices", *operands.names),
         outputs=("out",),
         body=f"""
-  threadgroup moefast::BandMemory<TOP_K, SIMDGROUPS> memory;
+  {_MEMORY}
   moefast::band_down<HEIGHT, ROWS, K, N, E, DOWN_FAST>(
-      inner, indices, uint(indices_shape[0]) * TOP_K, {operands.stacks["down"]}, out, memory, {_PLACE});
+      inner, indices, {_ROUTES}, {operands.stacks["down"]}, out, memory, {_PLACE});
 """,
     )
-    return _kernel(function, layout, shape, _PRODUCTS, {"K": layout.width, "N": layout.hidden}, operands)
+    numbers = {"K": layout.width, "N": layout.hidden, **_numbers(layout, height, top_k)}
+    groups = cover(layout.hidden, ROWS * _SIMDGROUPS)
+    launch = launcher(function, {"T": dtype}, numbers, [operands], groups, _SIMDGROUPS)
+    return launch, reader(layouts), layout.hidden
 
 
-_PLACE = """threadgroup_position_in_grid.y, threadgroup_position_in_grid.z,
-      {simdgroup_index_in_threadgroup, thread_index_in_simdgroup}"""
+def _numbers(layout: ExpertLayout, height: int, top_k: int) -> dict[str, int]:
+    return {"E": layout.num_experts, "TOP_K": top_k, "HEIGHT": height}
 
 
-def _kernel(
-    function: Function,
-    layout: ExpertLayout,
-    shape: _Shape,
-    rows: int,
-    dims: dict[str, int],
-    operands: _Operands,
-) -> _Kernel:
-    numbers = {
-        **dims,
-        "E": layout.num_experts,
-        "TOP_K": shape.top_k,
-        "HEIGHT": shape.height,
-        "ROWS": rows,
-        "SIMDGROUPS": _SIMDGROUPS,
-    }
-    return _Kernel(function, (("T", shape.dtype), *numbers.items(), *operands.template), rows)
-
-
-def _shape(indices: mx.array, dtype: mx.Dtype) -> _Shape:
-    """A token's experts are distinct: none has more routes than there are tokens. Where they are not, weights
-    are read more often."""
-    tokens, top_k = indices.shape
-    height = 2
-    while height < min(tokens, _TALLEST):
-        height *= 2
-    return _Shape(height, top_k, dtype)
-
-
-def _check(indices: mx.array) -> None:
+def _launch(
+    bind: Callable[[ExpertLayout, int, int, mx.Dtype], Bound],
+    x: mx.array,
+    weights: ExpertWeights,
+    indices: mx.array,
+) -> mx.array:
     tokens, top_k = indices.shape
     if tokens > MAX_TOKENS or top_k > MAX_TOP_K:
-        rule = f"at most {MAX_TOKENS} tokens of {MAX_TOP_K} experts each"
-        refuse("metal band", rule, tuple(indices.shape))
+        refuse("metal band", f"takes {MAX_TOKENS} tokens of {MAX_TOP_K} experts", (tokens, top_k))
+    layout, dtype = weights.layout, x.dtype
+    launch, read, rows = bind(layout, _height(tokens), top_k, dtype)
+    shape = (tokens, top_k, rows)
+    routes = tokens * top_k
+    if not routes:
+        return mx.zeros(shape, dtype)
+    slots = routes if routes <= layout.num_experts else layout.num_experts + 1
+    return launch([x, unsigned(indices), *read(weights)], slots, [(shape, dtype)])[0]
+
+
+def _height(tokens: int) -> int:
+    """Routes of a tile. A token's experts are distinct, so none has more routes than there are tokens; where
+    they are not, weights are read more often."""
+    return 2 if tokens <= 2 else 4 if tokens <= 4 else _TALLEST
 
 
 def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
