@@ -9,7 +9,8 @@
 // Then, in this order and each rounded to T, where a model has them:
 // add_identity: x times the weights of the token's experts from EXPERTS on, which return their
 // input.
-//   x [tokens, HIDDEN] T; indices [tokens, TOP_K] uint32. The sum of weights is of their own type.
+//   x [tokens, HIDDEN] T; indices [tokens, TOP_K], any integers. The sum of weights is of their own
+//   type.
 // scale: times a factor, rounded to T.
 // add_shared: plus shared [tokens, HIDDEN] T, the output of the expert of every token, times
 //   sigmoid(gate [tokens]) where it has a gate.

@@ -219,19 +219,21 @@ def test_a_whole_block_ends(floats: Floats, projection: MakeProjection) -> None:
     p = problem(case, floats, projection)
     route_weights = mx.abs(floats(case.tokens, case.top_k))
     shared, gate = floats(case.tokens, case.hidden), floats(case.tokens, 1)
+    indices = np.array(p.indices).astype(np.int64)
+    indices[3, 1] = -1  # leads nowhere, not to an expert that returns its input
+    p.truth[3, 1] = 0
     with emulated():
         got = prefill.experts(
             p.x,
             p.weights,
-            p.indices.astype(mx.int64),
+            mx.array(indices),
             route_weights,
             identity=True,
             scale=2.5,
             shared=shared,
             shared_gate=gate,
         )
-    missing = np.array(p.indices) >= case.experts
-    rows = np.where(missing[..., None], float64(p.x)[:, None, :], p.truth)
+    rows = np.where((indices >= case.experts)[..., None], float64(p.x)[:, None, :], p.truth)
     want = (rows * float64(route_weights)[..., None]).sum(axis=1) * 2.5
     want = want + oracle.sigmoid(float64(gate)) * float64(shared)
     assert_close(got, want, "moe", reductions=(case.hidden, case.width), top_k=case.top_k)

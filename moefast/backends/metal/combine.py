@@ -83,8 +83,8 @@ def combine(
         y: ``[tokens, top_k, hidden]``.
         weights: ``[tokens, top_k]`` in any float dtype.
         combine_dtype: dtype the weights are cast to before they multiply.
-        identity: x ``[tokens, hidden]``, indices ``[tokens, top_k]`` uint32 and the number of experts that
-            have weights: those beyond return x.
+        identity: x ``[tokens, hidden]``, indices ``[tokens, top_k]``, any integers, and the number of experts
+            that have weights: those beyond return x.
         scale: factor on the sum of the routed experts.
         shared: ``[tokens, hidden]``: a shared expert's output, added.
         shared_gate: ``[tokens, 1]``: the shared output is multiplied by its sigmoid.

@@ -194,7 +194,8 @@ def experts(
     Args:
         x, weights, indices, height: see :func:`switch_glu`.
         route_weights: ``[tokens, top_k]`` in any float dtype.
-        identity: experts beyond the stack return their input; otherwise they contribute nothing.
+        identity: experts beyond the stack return their input; otherwise they contribute nothing, as negative
+            ones do in any case.
         combine_dtype, scale, shared, shared_gate: see :func:`.combine.combine`.
 
     Returns:
@@ -205,7 +206,7 @@ def experts(
         switch_glu(x, weights, indices, height=height),
         route_weights,
         combine_dtype,
-        identity=(x, flat_indices(indices, num_experts), num_experts) if identity else None,
+        identity=(x, indices, num_experts) if identity else None,
         scale=scale,
         shared=shared,
         shared_gate=shared_gate,
