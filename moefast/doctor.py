@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .backends import backends, native, registry
+from .backends import backends, metal, native, registry
 from .env import Settings, settings
 from .ops.experts import _problem as _experts_problem
 from .ops.moe import _problem as _moe_problem
@@ -45,6 +45,8 @@ def examine() -> dict[str, Any]:
         variable -> value in effect and whether it is the default.
         ``kernels``: the folder of Metal sources, or why there is none. ``native``: what that backend runs
         through, its instruction set and threads, and what it was built for; empty where it cannot run.
+        ``metal``: the verdict of the kernels' self-check on this GPU, made now if there is none for this MLX
+        yet; empty where they do not run on a GPU.
     """
     default, problem = "auto", None
     try:
@@ -66,6 +68,7 @@ def examine() -> dict[str, Any]:
         },
         "backends": dict(backends()),
         "native": native.describe(),
+        "metal": metal.describe(),
         "default_backend": default,
         "problem": problem,
         "auto": _choices(default),
@@ -160,10 +163,19 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     if found["native"]:
         sections.insert(4, ("native", found["native"]))
+    if found["metal"]:
+        sections.insert(4, ("metal", _flat(found["metal"])))
     blocks = [f"{title}\n{_rows(rows)}" for title, rows in sections]
     if found["problem"]:
         blocks.append(f"problem\n  {found['problem']}")
     return "\n\n".join([*blocks, _auto_text(found)]) + "\n"
+
+
+def _flat(verdict: dict[str, Any]) -> dict[str, Any]:
+    """A verdict with a row for each part that failed."""
+    failed: dict[str, str] = verdict["failed"]
+    rows = {key: value for key, value in verdict.items() if key != "failed"}
+    return {**rows, **{f"not {part}": reason for part, reason in failed.items()}}
 
 
 def _rows(rows: dict[str, Any]) -> str:

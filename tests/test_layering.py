@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"nn"},
     "nn": {"ops"},
     "ops": {"backends"},
-    "backends": {"registry", "emulator", "paths"},
+    "backends": {"registry", "emulator", "paths", "testing"},
     "registry": {"specs", "weights", "routing", "env"},
     "testing": {"specs"},
     "weights": {"specs"},

@@ -33,15 +33,29 @@ def differentiable(
         run: gives the results: one array, of ``route`` the indices and the weights.
         look: sees the arrays first. ``run`` gets other objects, which stand for the same arrays.
     """
+    return with_signature(problem, on_flat_lists(problem, run, look))
+
+
+def with_signature(problem: Problem, flat: Flat) -> Callable[..., Any]:
+    """``flat`` as a function with the arguments of the reference's."""
+    return _SIGNATURES[problem.op](flat)
+
+
+def on_flat_lists(
+    problem: Problem,
+    run: Callable[[tuple[mx.array, ...]], list[mx.array]],
+    look: Callable[[tuple[mx.array, ...]], None] | None = None,
+) -> Flat:
+    """As :func:`differentiable`, of a call's arrays one after another."""
     flat = _with_derivatives(problem, run)
     if look is None:
-        return _SIGNATURES[problem.op](flat)
+        return flat
 
     def looked_at(*arrays: mx.array) -> list[mx.array]:
         look(arrays)
         return flat(*arrays)
 
-    return _SIGNATURES[problem.op](looked_at)
+    return looked_at
 
 
 def _with_derivatives(problem: Problem, run: Callable[[tuple[mx.array, ...]], list[mx.array]]) -> Flat:

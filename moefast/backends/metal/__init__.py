@@ -1,23 +1,63 @@
 """The kernels of ``kernels/``, on an Apple GPU through ``mx.fast.metal_kernel``: no build step, a stock MLX.
 
 Where there is no such GPU, ``MOEFAST_METAL=emulate`` runs the same sources in :mod:`moefast.emulator`,
-eagerly: to test and to debug them, not to be fast.
+eagerly: to test and to debug them, not to be fast. What MLX's own Metal kernels do well (dense products,
+attention, norms), they do here, too: those are the reference's functions.
 
-==================  ==========================================================
+==================  ================================================================
+:mod:`.block`       the operations, out of these parts:
+:mod:`.route`       logits to experts and weights
+:mod:`.decode`      experts of one token, to MLX's bits
+:mod:`.band`        of a few: an expert's weights are read once for several routes
+:mod:`.plan`        routes sorted by expert
+:mod:`.prefill`     experts of many tokens, as matrix tiles over the plan
+:mod:`.combine`     the weighted sum, and what a block adds to it
+:mod:`.dispatch`    which of them for how many tokens
+:mod:`.refusals`    what they do not take
+:mod:`.contiguous`  weights that MLX would copy
+:mod:`.operands`    weights as the kernels take them; :mod:`.activations` likewise
+:mod:`.launch`      how a kernel is launched, on a GPU or in the emulator
 :mod:`.source`      a file of ``kernels/`` as one text
-:mod:`.launch`      how a kernel is launched, there or in the emulator
 :mod:`.device`      whether there is anything to run on
-:mod:`.operands`    weights as the kernels take them
-==================  ==========================================================
+:mod:`.selfcheck`   a check against MLX on the GPU that is here; :mod:`.verdicts` keeps it
+==================  ================================================================
 """
 
 from __future__ import annotations
 
-from ...registry import Backend, Kernel
+from typing import Any
+
+from ...registry import Backend, BoundKernel, Kernel
+from ..reference import REFERENCE
+from . import verdicts
+from .block import bind
 from .device import probe
+from .launch import emulated
+from .refusals import elsewhere, why_not
 
-_KERNELS: dict[str, Kernel] = {}
+OPERATIONS = ("route", "switch_glu", "experts", "moe")
 
-METAL = Backend(name="metal", kernels=_KERNELS, probe=probe)
+METAL = Backend(
+    name="metal",
+    kernels={
+        **{op: Kernel(kernel.run, elsewhere) for op, kernel in REFERENCE.kernels.items()},
+        **{op: BoundKernel(bind, why_not, may_decline=True) for op in OPERATIONS},
+    },
+    probe=probe,
+)
 
-__all__ = ["METAL"]
+
+def describe() -> dict[str, Any]:
+    """The self-check's verdict on this GPU, made and kept if there is none for this MLX; empty where the
+    kernels do not run on one."""
+    if METAL.unavailable is not None or emulated():
+        return {}
+    verdict = verdicts.stored()
+    if verdict is None:
+        from .selfcheck import check_and_store
+
+        verdict = check_and_store().verdict()
+    return verdict
+
+
+__all__ = ["METAL", "describe"]

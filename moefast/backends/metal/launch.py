@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from hashlib import blake2s
 from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
@@ -173,8 +174,11 @@ def _emulated(
 
 
 def _construction(function: Function) -> dict[str, Any]:
+    # MLX builds a kernel anew whenever another source has come under its name.
+    source = "\n".join((function.file, *function.inputs, "", *function.outputs, "", function.body))
+    digest = blake2s(source.encode(), digest_size=4).hexdigest()
     return {
-        "name": f"moefast_{function.name}",
+        "name": f"moefast_{function.name}_{digest}",
         "input_names": function.inputs,
         "output_names": function.outputs,
         "source": function.body,

@@ -1,0 +1,169 @@
+"""The operations, out of the kernels' parts: which of them run, in what order.
+
+===========  ======================================================  =====================
+tokens       launches of ``moe``, from logits on                     one waits for another
+===========  ======================================================  =====================
+decode       route, gate+up, down+combine                            3
+band         route, gate+up, down, combine                           4
+tiles        route, plan (1 or 2), gate+up, down, combine            5 or 6
+===========  ======================================================  =====================
+
+A shared expert's run beside them: one launch in decode (gate+up; its down is folded into down+combine), and
+MLX's own dense products otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+
+from ...registry import Bound, Problem
+from ...routing import Routing
+from ...specs import RouterSpec
+from ...weights import ExpertWeights, SharedExpert
+from ..differentiable import on_flat_lists, with_signature
+from ..flat import arguments_of
+from ..reference.experts import shared_expert
+from ..reference.matmul import dense
+from . import band, decode, prefill
+from .combine import combine
+from .contiguous import check_contiguous
+from .dispatch import kernels_for
+from .of_layers import of_layers
+from .route import route
+
+
+def bind(problem: Problem) -> Bound:
+    """What runs ``problem``: the kernels, with the reference's derivatives."""
+    own = _own(problem)
+    details: tuple[Any, ...] = problem.details
+    look = None if problem.op == "route" else lambda arrays: check_contiguous(arrays[own:])
+    flat = on_flat_lists(problem, partial(_run, problem.op, details), look)
+    recalled = problem.op == "moe" and details[1].gate is not None
+    return Bound(with_signature(problem, flat), of_layers(problem, flat) if recalled else None)
+
+
+def _run(op: str, details: tuple[Any, ...], arrays: tuple[mx.array, ...]) -> list[mx.array]:
+    made = _OPERATIONS[op](*arguments_of(op, details, iter(arrays)))
+    return [made] if isinstance(made, mx.array) else list(made)
+
+
+def _own(problem: Problem) -> int:
+    """How many arrays of a call are not weights."""
+    if problem.op == "moe":
+        return 2 + sum(dtype is not None for dtype in problem.details[4:6])
+    if problem.op == "route":
+        return 1 + sum(dtype is not None for dtype in problem.details[1:])
+    return 2 if problem.op == "switch_glu" else 3
+
+
+def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+    """See :func:`moefast.switch_glu`."""
+    rows, chosen = _flat(x, indices)
+    y = _uncombined(rows, weights, chosen)
+    return y.reshape(*indices.shape, weights.layout.hidden)
+
+
+def _uncombined(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+    kernels = kernels_for(indices.shape[0], indices.shape[1], weights.layout.num_experts)
+    if kernels == "decode":
+        return decode.down(decode.gate_up(x, weights, indices), weights, indices)
+    if kernels == "band":
+        return band.switch_glu(x, weights, indices)
+    run = prefill.switch_glu_by_mlx if kernels == "by_mlx" else prefill.switch_glu
+    return run(x, weights, indices)
+
+
+def experts(
+    x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
+) -> mx.array:
+    """See :func:`moefast.experts`."""
+    return _combined(x, weights, routing, combine_dtype)
+
+
+def moe(
+    x: mx.array,
+    logits: mx.array,
+    spec: RouterSpec,
+    weights: ExpertWeights,
+    selection_bias: mx.array | None,
+    expert_scale: mx.array | None,
+    shared: SharedExpert | None,
+    combine_dtype: mx.Dtype | None,
+) -> mx.array:
+    """See :func:`moefast.moe`."""
+    routing = route(logits, spec, selection_bias, expert_scale)
+    return _combined(
+        x,
+        weights,
+        routing,
+        combine_dtype,
+        identity=spec.identity_experts > 0,
+        scale=spec.scale if spec.scale_place == "output" else 1.0,
+        shared=shared,
+    )
+
+
+def _combined(
+    x: mx.array,
+    weights: ExpertWeights,
+    routing: Routing,
+    combine_dtype: mx.Dtype | None,
+    *,
+    identity: bool = False,
+    scale: float = 1.0,
+    shared: SharedExpert | None = None,
+) -> mx.array:
+    """The routed experts' sum, and what a block adds to it."""
+    rows, indices = _flat(x, routing.indices)
+    mix = routing.weights.reshape(indices.shape)
+    kernels = kernels_for(indices.shape[0], indices.shape[1], weights.layout.num_experts)
+    if kernels == "decode":
+        beside = None if shared is None else decode.shared_gate_up(rows, shared)
+        inner = decode.gate_up(rows, weights, indices)
+        y = decode.down_combine(
+            inner,
+            weights,
+            indices,
+            mix,
+            combine_dtype,
+            shared=beside,
+            identity=rows if identity else None,
+            scale=scale,
+        )
+        return y.reshape(x.shape)
+    extras: dict[str, Any] = {"identity": identity, "scale": scale}
+    if shared is not None:
+        extras["shared"], extras["shared_gate"] = _shared_output(rows, shared)
+    if kernels == "by_mlx":
+        apart = prefill.switch_glu_by_mlx(rows, weights, indices)
+        num_experts = weights.layout.num_experts
+        extras["identity"] = (rows, indices, num_experts) if identity else None
+        return combine(apart, mix, combine_dtype, **extras).reshape(x.shape)
+    run = band.experts if kernels == "band" else prefill.experts
+    return run(rows, weights, indices, mix, combine_dtype, **extras).reshape(x.shape)
+
+
+def _shared_output(x: mx.array, shared: SharedExpert) -> tuple[mx.array, mx.array | None]:
+    """The shared expert's output and the logit of its gate, by MLX's own dense products."""
+    gate = None if shared.output_gate is None else dense(x, shared.output_gate)
+    ungated = SharedExpert(gate=shared.gate, up=shared.up, down=shared.down, activation=shared.activation)
+    return shared_expert(x, ungated), gate
+
+
+def _flat(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
+    """``[tokens, hidden]`` and ``[tokens, top_k]``."""
+    tokens = prod(x.shape[:-1])
+    return x.reshape(tokens, x.shape[-1]), indices.reshape(tokens, indices.shape[-1])
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "route": route,
+    "switch_glu": switch_glu,
+    "experts": experts,
+    "moe": moe,
+}
