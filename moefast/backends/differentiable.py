@@ -6,7 +6,7 @@ whose derivative recomputes the reference on the flat list of the call's arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -62,31 +62,32 @@ def _with_derivatives(problem: Problem, run: Callable[[tuple[mx.array, ...]], li
     again = reference_of(problem.op, problem.details)
     chosen = [i for i, role in enumerate(roles(problem.op, problem.details)) if role == DIFFERENTIABLE]
 
-    @mx.custom_function
+    # One for each call: it is made sooner than MLX would take in and hand on a block's constant arrays.
     def flat(*arrays: mx.array) -> list[mx.array]:
-        return run(arrays)
-
-    @flat.vjp
-    def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        if isinstance(primals, mx.array):  # of a function of one argument
-            return vjp_of((primals,), cotangents, outputs)[0]
-        return vjp_of(primals, cotangents, outputs)
-
-    def vjp_of(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        def of_chosen(*some: mx.array) -> list[mx.array]:
-            arrays = list(primals)
+        def with_chosen(some: Sequence[mx.array]) -> list[mx.array]:
+            every = list(arrays)
             for i, array in zip(chosen, some, strict=True):
-                arrays[i] = array
-            # Of a router the weights alone: its choice is constant.
-            return again([*arrays, outputs[0]] if problem.op == "route" else arrays)
+                every[i] = array
+            return every
 
-        wanted = [cotangents[-1]] if problem.op == "route" else list(cotangents)
-        _, slopes = mx.vjp(of_chosen, [primals[i] for i in chosen], wanted)
-        found = dict(zip(chosen, slopes, strict=True))
-        return tuple(found[i] if i in found else mx.zeros_like(a) for i, a in enumerate(primals))
+        def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            single = isinstance(primals, mx.array)  # of a function of one argument
 
-    kernels: Flat = flat  # type: ignore[assignment]  # custom_function's call is typed to return object
-    return kernels
+            def reference(*some: mx.array) -> list[mx.array]:
+                every = with_chosen(some)
+                # Of a router the weights alone: its choice is constant.
+                return again([*every, outputs[0]] if problem.op == "route" else every)
+
+            wanted = [cotangents[-1]] if problem.op == "route" else list(cotangents)
+            _, slopes = mx.vjp(reference, [primals] if single else list(primals), wanted)
+            return slopes[0] if single else tuple(slopes)
+
+        function: Any = mx.custom_function(lambda *some: run(tuple(with_chosen(some))))
+        function.vjp(vjp)
+        made: list[mx.array] = function(*[arrays[i] for i in chosen])
+        return made
+
+    return flat
 
 
 def _matmul(flat: Flat) -> Callable[..., mx.array]:
