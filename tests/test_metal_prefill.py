@@ -161,6 +161,8 @@ LARGE = (
     Case(128, top_k=6, experts=160, hidden=160, width=96, formats="affine4-g32", dtype=mx.bfloat16),
     Case(127, top_k=16, experts=16, kind="all", hidden=40, width=136, dtype=mx.float16),
     Case(513, top_k=4, kind="absent", bias=True, formats="affine3-g32", dtype=mx.bfloat16),
+    Case(40, experts=2, hidden=2048, width=64, formats="affine4-g64", dtype=mx.bfloat16),  # long rows
+    Case(40, experts=2, hidden=64, width=1408, formats="affine4-g64", dtype=mx.float16),
 )
 
 
