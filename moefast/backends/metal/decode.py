@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,17 +16,7 @@ import mlx.core as mx
 from ...weights import ExpertLayout, ExpertWeights, Layout, SharedExpert, SharedLayout, dtype_name
 from .activations import functor, literal
 from .launch import Function
-from .matvec import GROUP, LANE, ROUTE, ROWS, SIMDGROUPS, Operands, cover, launcher, reader
-from .matvec import unsigned as unsigned
-from .operands import arrays_of
-
-_Operands = Operands
-
-
-def _first(weights: ExpertWeights) -> list[mx.array]:
-    """The arrays of gate and up."""
-    gate = () if weights.gate is None else arrays_of(weights.gate)
-    return [*gate, *arrays_of(weights.up)]
+from .matvec import GROUP, LANE, ROUTE, ROWS, SIMDGROUPS, Operands, cover, launcher, reader, unsigned
 
 
 def why_not(dtype: mx.Dtype, layout: ExpertLayout, shared: SharedLayout | None = None) -> str | None:
@@ -365,7 +355,7 @@ def bind_down_combine(
 ) -> DownCombine:
     """:func:`down_combine` of such weights; its arguments are ``(inner, weights, indices, route_weights,
     shared, identity)``."""
-    layouts: Mapping[str, Layout | None] = {"down": layout.down}
+    layouts = {"down": layout.down}
     operands = [Operands(**layouts)]
     names = ["inner", "indices", "weights", *operands[0].names]
     numbers = {"K": layout.width, "N": layout.hidden, "E": layout.num_experts, "TOP_K": top_k}
