@@ -102,3 +102,18 @@ def test_contraction_is_off() -> None:
             outputs=[((1,), mx.float32)],
         )
     assert float(y[0]) == 0.0  # fused, it would be what the product is short of 1
+
+
+def test_writes_of_one_value_are_races_here() -> None:
+    """MLX's kernels have them, and the emulator lets them pass unless it is asked; ours do without."""
+    everyone = launch.Function(
+        name="everyone", file="common.h", inputs=("x",), outputs=("y",), body="y[0] = x[0];"
+    )
+    with emulated(), pytest.raises(EmulatorError, match="device-same-writes"):
+        everyone(
+            [mx.array([1.0])],
+            template=[],
+            grid=(64, 1, 1),
+            threadgroup=(32, 1, 1),
+            outputs=[((1,), mx.float32)],
+        )

@@ -159,7 +159,10 @@ def _compiled(function: Function) -> Any:
 def _emulator_kernel(function: Function, how: Emulation) -> Any:
     from ... import emulator
 
-    return emulator.metal_kernel(**_construction(function), mode=how.mode, seed=how.seed)
+    checked = how.mode == "check"
+    return emulator.metal_kernel(
+        **_construction(function), mode=how.mode, seed=how.seed, strict_races=checked
+    )
 
 
 def _emulated(
