@@ -78,7 +78,17 @@ def wheel_names(release: Release) -> set[str]:
         return set(archive.namelist())
 
 
-@pytest.mark.parametrize("name", ["kernels/README.md", "py.typed", "paths.py", "_build_info.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kernels/README.md",
+        "kernels/common.h",
+        "kernels/route.metal",
+        "py.typed",
+        "paths.py",
+        "_build_info.py",
+    ],
+)
 def test_wheel_carries(wheel_names: set[str], name: str) -> None:
     assert f"moefast/{name}" in wheel_names
 
@@ -120,6 +130,7 @@ def test_wheel_version_is_pyprojects(release: Release) -> None:
         "pyproject.toml",
         "LICENSE",
         "kernels/README.md",
+        "kernels/route.metal",
         "csrc/README.md",
         "csrc/CMakeLists.txt",
         "csrc/cmake/Common.cmake",
