@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,28 +33,25 @@ class Extras(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _function(extras: Extras) -> Function:
-    inputs, name = ["y", "weights"], "combine"
+    inputs = ["y", "weights"]
     steps = ["auto sum = moefast::combined<TOP_K, HIDDEN, T, C, P>(y, weights, token, column);"]
     if extras.identity:
         inputs += ["x", "indices"]
-        name += "_identity"
         steps.append(
             "sum = moefast::add_identity<TOP_K, EXPERTS, HIDDEN, P_OF_WEIGHTS, T, W>("
             "sum, x, weights, indices, token, column);"
         )
     if extras.scale != 1.0:
         factor = float(np.float32(extras.scale))
-        name += "_scale_" + re.sub(r"\W", "_", repr(factor))
         steps.append(f"sum = moefast::scale(sum, {factor!r}f);")
     if extras.shared:
         inputs += ["shared", *(["gate"] if extras.gate else [])]
-        name += "_gated" if extras.gate else "_shared"
         steps.append(
             f"sum = moefast::add_shared<HIDDEN>(sum, shared{', gate' if extras.gate else ''}, token, column);"
         )
     body = "\n  ".join([*steps, "moefast::store<HIDDEN>(sum, out, token, column);"])
     return Function(
-        name=name,
+        name="combine",
         file="combine.metal",
         inputs=tuple(inputs),
         outputs=("out",),

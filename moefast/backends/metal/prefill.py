@@ -6,7 +6,6 @@ Nothing here looks at gradients or chooses between kernels. Arrays are flat: x `
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -77,7 +76,7 @@ def _gate_up(layout: ExpertLayout, dtype: mx.Dtype, top_k: int, height: int) -> 
     activation = functor(layout.activation)
     projections = {"up": layout.up} if layout.gate is None else {"gate": layout.gate, "up": layout.up}
     function = Function(
-        name=_name("grouped_gate_up", *map(_presence, projections.values()), activation),
+        name="grouped_gate_up",
         file="grouped_gemm.metal",
         inputs=("x", "order", "tiles", *_names(projections)),
         outputs=("inner",),
@@ -96,7 +95,7 @@ moefast::grouped_gate_up<EXPERTS, TOP_K, HIDDEN, WIDTH>(
 @lru_cache(maxsize=256)
 def _down(layout: ExpertLayout, dtype: mx.Dtype, height: int) -> _Product:
     function = Function(
-        name=_name("grouped_down", _presence(layout.down)),
+        name="grouped_down",
         file="grouped_gemm.metal",
         inputs=("inner", "order", "tiles", *_names({"down": layout.down})),
         outputs=("out",),
@@ -123,16 +122,6 @@ def _template(
 
 def _names(projections: dict[str, Layout]) -> list[str]:
     return [name for prefix, layout in projections.items() for name in operand_of(prefix, layout).names]
-
-
-def _name(*parts: str) -> str:
-    """A kernel's name: MLX builds a kernel anew where another one of its name has another body."""
-    return "_".join(word for part in parts for word in re.findall(r"\w+", part))
-
-
-def _presence(layout: Layout) -> str:
-    """Which buffers there are, for a kernel's name: its template arguments say the rest."""
-    return f"{layout.bias is not None:d}{layout.global_scale:d}"
 
 
 def _stack(prefix: str, layout: Layout) -> str:
