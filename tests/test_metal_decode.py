@@ -43,8 +43,11 @@ def assert_switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) ->
     assert_close(y, want, "switch_glu", reductions=(layout.hidden, layout.width))
 
 
+DAILY = {"plain": 192, "plain-bfloat16": 512, "affine3-g64": 192, "mxfp8": 512, "nvfp4-scaled": 192}
+
+
 def every_format() -> list[Any]:
-    """Of each format one group size, one dtype and one pair of dims are for every day.
+    """A few are for every day: of the others the bits are compared, in test_metal_decode_bits.py.
 
     Dims: 512 are blocks without a rest, in the longer chunks; 192 and 128 leave a part of a block.
     """
@@ -56,8 +59,7 @@ def every_format() -> list[Any]:
                 if format_.dtype is not None and format_.dtype != dtype:
                     continue
                 name = str(dtype).removeprefix("mlx.core.")
-                daily = dtype == mx.bfloat16 and not format_.name.endswith(("g32", "g128"))
-                daily = daily and (hidden == 512) == (format_.name not in ("affine6-g64", "mxfp4"))
+                daily = dtype == mx.bfloat16 and DAILY.get(format_.name) == hidden
                 marks = () if daily else pytest.mark.slow
                 case = (format_, dtype, hidden, width)
                 cases.append(pytest.param(*case, id=f"{format_.name}-{name}-{hidden}", marks=marks))
@@ -83,7 +85,15 @@ def test_expert_biases(name: str, expert_weights: MakeExperts, floats: Floats) -
     assert_switch_glu(floats(1, 192, dtype=mx.float16), weights, mx.array([[2, 0]], mx.uint32))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param(
+            a, id=repr(a), marks=() if a.name in ("swiglu_clamped", "gelu_tanh") else pytest.mark.slow
+        )
+        for a in ACTIVATIONS
+    ],
+)
 def test_activations(activation: Activation, expert_weights: MakeExperts, floats: Floats) -> None:
     weights = expert_weights(3, 128, 64, activation=activation, quant=AFFINE4, dtype=mx.bfloat16)
     assert_switch_glu(floats(1, 128, dtype=mx.bfloat16), weights, mx.array([[1, 2]], mx.uint32))
@@ -137,7 +147,7 @@ def test_odd_rows_of_packed_down(rows: int, projection: MakeProjection, floats: 
 
 
 # Buffers of fewer than 8 elements are constant: indices, and of one expert with one row nearly everything.
-@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 7), (7, 1), (1, 8), (3, 3), (33, 2)])
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 1), (1, 7), (1, 8), (3, 3), (33, 2)])
 def test_tokens_and_routes(
     tokens: int, top_k: int, expert_weights: MakeExperts, floats: Floats, rng: Any
 ) -> None:
