@@ -403,3 +403,23 @@ U element(const device T* x, uint i) { return static_cast<U>(x[i]); }
     got = run(body, (THREADS, np.uint16), a, header=header, result="ushort")
     rounded = mx.array(a.astype(np.float32)).astype(mx.bfloat16).astype(mx.float32)
     np.testing.assert_array_equal(got, np.array(rounded).astype(np.float16).view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        # A class that ends a namespace does not go on into the kernel.
+        "namespace mine { struct S { int a; }; }\n"
+        "[[kernel]] void k(device int* y [[buffer(0)]]) { y[0] = 1; }",
+        # The text ends with what might begin a declaration.
+        "template <typename T> [[kernel]] void of(device int* y [[buffer(0)]]) { y[0] = 1; }\n"
+        'template [[host_name("k")]] [[kernel]] decltype(of<bfloat>) of<bfloat>;',
+    ],
+    ids=["namespace", "end"],
+)
+def test_where_declarations_end(source: str) -> None:
+    text = f"#include <metal_stdlib>\nusing namespace metal;\n{source}"
+    result = emulator.launch(
+        emulator.compile(text, "k"), [emulator.Output((1,), np.int32)], (1, 1, 1), (1, 1, 1)
+    )
+    assert result.buffers[0].tolist() == [1]

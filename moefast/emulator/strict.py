@@ -121,6 +121,8 @@ class _Tokens:
     def _bfloat(self, i: int) -> None:
         """``bfloat b = 1.5f``: the front end converts constants that are exact without a warning."""
         tokens = self.tokens
+        if i + 5 >= len(tokens):
+            return  # `template <> [[kernel]] decltype(k<bfloat>) k<bfloat>;` ends with the text
         value = i + (4 if tokens[i + 3].text == "-" else 3)
         if tokens[i + 1].kind != "name" or tokens[i + 2].text != "=" or tokens[value].kind != "number":
             return

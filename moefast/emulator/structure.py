@@ -144,7 +144,9 @@ class _Reader:
         self._continues = False
         words = {tokens[i].text for i in self._outside_brackets(first, at)}
         if "namespace" in words or (tokens[at - 1].kind == "text" and "extern" in words):
-            return self._scope(at + 1, len(tokens), "namespace")
+            after = self._scope(at + 1, len(tokens), "namespace")
+            self._continues = False  # whatever stood last in there
+            return after
         parameters = self._parameters(first, at)
         if words & {*_CLASS, "enum"} and parameters is None:
             if "enum" in words:

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ...weights import Layout, Projection
 
-# As kernels/format.h numbers them.
+# As kernels/common.h numbers them.
 MODES = {"plain": 0, "affine": 1, "mxfp4": 2, "mxfp8": 3, "nvfp4": 4}
 
 
