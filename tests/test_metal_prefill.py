@@ -112,7 +112,7 @@ SHAPES = (
 )
 # Three formats at a time: each projection has its own.
 FORMATS = tuple(
-    Case(20, hidden=128, width=128, experts=3, formats=" ".join(PACKED[i : i + 3]), dtype=DTYPES[i % 3])
+    Case(20, hidden=128, width=128, experts=3, formats=" ".join(PACKED[i : i + 3]), dtype=DTYPES[i // 3 % 3])
     for i in range(0, len(PACKED), 3)
 )
 MIXED = (
