@@ -147,6 +147,31 @@ def test_generation(architecture: str, generation: int, monkeypatch: pytest.Monk
     assert dispatch._generation.__wrapped__() == generation
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_shared_experts_first_half(
+    merged: bool,
+    floats: Floats,
+    expert_weights: MakeExperts,
+    shared_expert: MakeShared,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside the routed experts' launch or within it: the bits are the same."""
+    monkeypatch.setattr(dispatch, "_TABLE", {0: dispatch._TABLE[0]._replace(merged=merged)})
+    weights = expert_weights(EXPERTS, HIDDEN, WIDTH, **AFFINE4.of(mx.float32))
+    shared = shared_expert(HIDDEN, 32, output_gate=True, **AFFINE4.of(mx.float32))
+    x, logits = floats(1, HIDDEN), floats(1, EXPERTS)
+    with emulated() as launches:
+        y = moe(x, logits, SPEC, weights, shared=shared, backend="metal")
+    assert [made.name for made in launches] == (
+        ["route", "gate_up_with_shared", "down_combine"]
+        if merged
+        else ["route", "shared_gate_up", "gate_up", "down_combine"]
+    )
+    assert longest_chain(launches) == 3
+    want = oracle.moe(x, logits, SPEC, weights, shared=shared)
+    assert_close(y, want, "moe", reductions=(HIDDEN, WIDTH), top_k=TOP_K)
+
+
 # -- derivatives -------------------------------------------------------------------------------------------
 
 

@@ -47,8 +47,10 @@ def test_the_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_kernel_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "_PACKINGS", (None,))
-    down = metal.decode.down_combine
-    monkeypatch.setattr(metal.decode, "down_combine", lambda *a, **k: down(*a, **k) * 1.05)
+    bind = metal.decode.bind_down_combine
+    monkeypatch.setattr(
+        metal.decode, "bind_down_combine", lambda *how: lambda *arrays: bind(*how)(*arrays) * 1.05
+    )
     with emulated(check=False):
         report = selfcheck.check()
     assert set(report.failed) == {"decode"}

@@ -7,7 +7,7 @@ attention, norms), they do here, too: those are the reference's functions.
 ==================  ================================================================
 :mod:`.block`       the operations, out of these parts:
 :mod:`.route`       logits to experts and weights
-:mod:`.decode`      experts of one token, to MLX's bits
+:mod:`.decode`      experts of one token, to MLX's bits; :mod:`.one_token` binds its launches
 :mod:`.band`        of a few: an expert's weights are read once for several routes
 :mod:`.plan`        routes sorted by expert
 :mod:`.prefill`     experts of many tokens, as matrix tiles over the plan

@@ -15,7 +15,6 @@ MLX's own dense products otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -29,12 +28,12 @@ from ..differentiable import on_flat_lists, with_signature
 from ..flat import arguments_of
 from ..reference.experts import shared_expert
 from ..reference.matmul import dense
-from . import band, decode, prefill
+from . import band, decode, prefill, route
 from .combine import combine
 from .contiguous import check_contiguous
 from .dispatch import kernels_for
 from .of_layers import of_layers
-from .route import route
+from .one_token import OneToken
 
 
 def bind(problem: Problem) -> Bound:
@@ -42,14 +41,15 @@ def bind(problem: Problem) -> Bound:
     own = _own(problem)
     details: tuple[Any, ...] = problem.details
     look = None if problem.op == "route" else lambda arrays: check_contiguous(arrays[own:])
-    flat = on_flat_lists(problem, partial(_run, problem.op, details), look)
+    run = _OPERATIONS[problem.op](problem)
+
+    def run_flat(arrays: tuple[mx.array, ...]) -> list[mx.array]:
+        made = run(*arguments_of(problem.op, details, iter(arrays)))
+        return [made] if isinstance(made, mx.array) else list(made)
+
+    flat = on_flat_lists(problem, run_flat, look)
     recalled = problem.op == "moe" and details[1].gate is not None
     return Bound(with_signature(problem, flat), of_layers(problem, flat) if recalled else None)
-
-
-def _run(op: str, details: tuple[Any, ...], arrays: tuple[mx.array, ...]) -> list[mx.array]:
-    made = _OPERATIONS[op](*arguments_of(op, details, iter(arrays)))
-    return [made] if isinstance(made, mx.array) else list(made)
 
 
 def _own(problem: Problem) -> int:
@@ -61,11 +61,13 @@ def _own(problem: Problem) -> int:
     return 2 if problem.op == "switch_glu" else 3
 
 
-def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
-    """See :func:`moefast.switch_glu`."""
-    rows, chosen = _flat(x, indices)
-    y = _uncombined(rows, weights, chosen)
-    return y.reshape(*indices.shape, weights.layout.hidden)
+def _switch_glu(problem: Problem) -> Callable[..., mx.array]:
+    def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+        rows, chosen = _flat(x, indices)
+        y = _uncombined(rows, weights, chosen)
+        return y.reshape(*indices.shape, weights.layout.hidden)
+
+    return switch_glu
 
 
 def _uncombined(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
@@ -78,37 +80,53 @@ def _uncombined(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.ar
     return run(x, weights, indices)
 
 
-def experts(
-    x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
-) -> mx.array:
-    """See :func:`moefast.experts`."""
-    return _combined(x, weights, routing, combine_dtype)
+def _experts(problem: Problem) -> Callable[..., mx.array]:
+    one_token = OneToken()
+
+    def experts(
+        x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
+    ) -> mx.array:
+        return _combined(one_token, x, weights, routing, combine_dtype)
+
+    return experts
 
 
-def moe(
-    x: mx.array,
-    logits: mx.array,
-    spec: RouterSpec,
-    weights: ExpertWeights,
-    selection_bias: mx.array | None,
-    expert_scale: mx.array | None,
-    shared: SharedExpert | None,
-    combine_dtype: mx.Dtype | None,
-) -> mx.array:
-    """See :func:`moefast.moe`."""
-    routing = route(logits, spec, selection_bias, expert_scale)
-    return _combined(
-        x,
-        weights,
-        routing,
-        combine_dtype,
-        identity=spec.identity_experts > 0,
-        scale=spec.scale if spec.scale_place == "output" else 1.0,
-        shared=shared,
+def _moe(problem: Problem) -> Callable[..., mx.array]:
+    details: tuple[Any, ...] = problem.details
+    spec, _, _, logits_dtype, bias, scale, _ = details
+    router = route.bind(
+        problem._replace(op="route", dtype=getattr(mx, logits_dtype), details=(spec, bias, scale))
     )
+    one_token, identity = OneToken(), spec.identity_experts > 0
+    factor = spec.scale if spec.scale_place == "output" else 1.0
+
+    def moe(
+        x: mx.array,
+        logits: mx.array,
+        spec: RouterSpec,
+        weights: ExpertWeights,
+        selection_bias: mx.array | None,
+        expert_scale: mx.array | None,
+        shared: SharedExpert | None,
+        combine_dtype: mx.Dtype | None,
+    ) -> mx.array:
+        routing = router(logits, spec, selection_bias, expert_scale)
+        return _combined(
+            one_token,
+            x,
+            weights,
+            routing,
+            combine_dtype,
+            identity=identity,
+            scale=factor,
+            shared=shared,
+        )
+
+    return moe
 
 
 def _combined(
+    one_token: OneToken,
     x: mx.array,
     weights: ExpertWeights,
     routing: Routing,
@@ -122,21 +140,10 @@ def _combined(
     rows, indices = _flat(x, routing.indices)
     mix = routing.weights.reshape(indices.shape)
     kernels = kernels_for(indices.shape[0], indices.shape[1], weights.layout.num_experts)
-    if kernels == "decode":
-        beside = None if shared is None else decode.shared_gate_up(rows, shared)
-        inner = decode.gate_up(rows, weights, indices)
-        y = decode.down_combine(
-            inner,
-            weights,
-            indices,
-            mix,
-            combine_dtype,
-            shared=beside,
-            identity=rows if identity else None,
-            scale=scale,
-        )
-        return y.reshape(x.shape)
     extras: dict[str, Any] = {"identity": identity, "scale": scale}
+    if kernels == "decode":
+        y = one_token(rows, weights, indices, mix, combine_dtype, shared=shared, **extras)
+        return y.reshape(x.shape)
     if shared is not None:
         extras["shared"], extras["shared_gate"] = _shared_output(rows, shared)
     if kernels == "by_mlx":
@@ -161,9 +168,10 @@ def _flat(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
     return x.reshape(tokens, x.shape[-1]), indices.reshape(tokens, indices.shape[-1])
 
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "route": route,
-    "switch_glu": switch_glu,
-    "experts": experts,
-    "moe": moe,
+# From a problem to what runs it, with the arguments of the reference's function.
+_OPERATIONS: dict[str, Callable[[Problem], Callable[..., Any]]] = {
+    "route": route.bind,
+    "switch_glu": _switch_glu,
+    "experts": _experts,
+    "moe": _moe,
 }

@@ -36,11 +36,14 @@ class Thresholds(NamedTuple):
             expert at most (reported for MLX's kernels on M1 to M4), and gain from 32 an expert on.
         by_mlx: routes an expert has on average from which MLX's kernels take over, because they use matrix
             units that ours do not; None where there are none.
+        merged: whether a shared expert's first half shares decode's first launch with the routed experts,
+            instead of running beside it. Nobody has measured which is faster.
     """
 
     band: int
     tiles: int
     by_mlx: int | None
+    merged: bool = False
 
 
 # By the first generation they hold for, latest first.
