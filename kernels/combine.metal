@@ -51,16 +51,15 @@ inline Columns<T> combined(Y y, Weights weights, uint token, uint column) {
 #pragma unroll
     for (int s = 0; s < kSums; s++) {
       const int k = first + s;
-      if (k >= TOP_K) {
-        break;
-      }
-      const P weight = P(C(weights[size_t(token) * TOP_K + k]));
-      auto from = y + (size_t(token) * TOP_K + k) * HIDDEN;
+      if (k < TOP_K) {  // no break: the loop must unroll, or sums would lie in memory
+        const P weight = P(C(weights[size_t(token) * TOP_K + k]));
+        auto from = y + (size_t(token) * TOP_K + k) * HIDDEN;
 #pragma unroll
-      for (int i = 0; i < kCombineColumns; i++) {
-        if (is_column<HIDDEN>(column + i)) {
-          const P product = P(P(from[column + i]) * weight);
-          sums[s][i] = P(product + sums[s][i]);
+        for (int i = 0; i < kCombineColumns; i++) {
+          if (is_column<HIDDEN>(column + i)) {
+            const P product = P(P(from[column + i]) * weight);
+            sums[s][i] = P(product + sums[s][i]);
+          }
         }
       }
     }

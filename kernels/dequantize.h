@@ -122,6 +122,11 @@ inline float global_scale_of(GlobalScale scale, uint expert) {
   return scale[expert] / (448.0f * 6.0f);
 }
 
+// Of a matrix that is no stack: an array without dimensions arrives as a number.
+inline float global_scale_of(float scale, uint) {
+  return scale / (448.0f * 6.0f);
+}
+
 constexpr constant int kDequantized = 16;
 
 // 16 values of row `row` of all experts' rows, from column `column` on, a multiple of 16. Of a

@@ -67,6 +67,7 @@ struct SharedDown {
   // Task `task` of TASKS: its rows go to `slots` [ROWS].
   template <typename T, int ROWS, int N>
   void run(threadgroup T* slots, uint token, int task, int row, int lane) const thread {
+    static_assert(TASKS == 1 || N % ROWS == 0, "a task without rows would read past the matrix");
     constexpr int SHARE = ROWS / TASKS;
     const int first = row + task * SHARE, count = clamp(N - first, 0, SHARE);
     const T value =
@@ -110,11 +111,13 @@ A weighted_sum(const threadgroup T* slots, Weights weights) {
   }
   constexpr int PARTS = TOP_K < 8 ? TOP_K : 8;
   A parts[PARTS] = {};
+#pragma unroll
   for (int k = 0; k < TOP_K; k++) {
     const A term = A(A(slots[k * ROWS]) * A(C(weights[k])));
     parts[k % PARTS] = A(term + parts[k % PARTS]);
   }
   A sum = parts[0];
+#pragma unroll
   for (int i = 1; i < PARTS; i++) {
     sum = A(parts[i] + sum);
   }

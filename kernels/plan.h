@@ -241,6 +241,7 @@ inline void plan_place(Indices indices,
   constexpr uint kEach = (EXPERTS + kThreads) / kThreads;
   count_routes(indices, routes, memory, at);
   uint earlier[kEach];  // in earlier threadgroups
+#pragma unroll
   for (uint i = 0; i < kEach; i++) {
     const uint key = at.index + i * kThreads;
     uint sum = 0;
@@ -257,6 +258,7 @@ inline void plan_place(Indices indices,
   place_experts<EXPERTS, SIMDGROUPS, HEIGHT>(memory, at);
   write_tiles<EXPERTS, SIMDGROUPS, HEIGHT>(memory, routes, offsets, tiles, at);
   threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll
   for (uint i = 0; i < kEach; i++) {
     const uint key = at.index + i * kThreads;
     if (key <= EXPERTS) {

@@ -83,6 +83,7 @@ template <typename R, typename Key>
 inline void mask(thread Key (&keys)[R::Slots::count], threadgroup uint* scratch, int lane) {
   using G = typename R::Groups;
   threadgroup uint* dropped = scratch + R::experts;
+#pragma clang loop unroll(full)
   for (int slot = 0; slot < R::Slots::count; slot++) {
     int expert = R::Slots::expert(slot, lane);
     if (expert < R::experts) {

@@ -38,10 +38,12 @@ inline T tanh_of(T x) {
   return T(precise::tanh(float(x)));
 }
 
-// A function of bfloat is one of float, rounded; that of half is its own.
+// A function of bfloat is one of float, rounded; that of half is its own. `precise`, because what
+// is compiled at run time has fast functions otherwise, and MLX's logaddexp, compiled beforehand,
+// has not: a fast logarithm near 1 may have lost the small scores.
 template <typename T>
 inline T exp_of(T x) {
-  return T(exp(float(x)));
+  return T(precise::exp(float(x)));
 }
 
 template <>
@@ -52,7 +54,7 @@ inline half exp_of(half x) {
 // log(1 + x). MLX has it of float, and rounds a bfloat's once.
 inline float log1p_of(float x) {
   float sum = 1.0f + x;
-  return sum == 1.0f ? x : x * (log(sum) / (sum - 1.0f));
+  return sum == 1.0f ? x : x * (precise::log(sum) / (sum - 1.0f));
 }
 
 // sqrt(log(1 + exp(x))); the logarithm is MLX's logaddexp(x, 0).

@@ -172,6 +172,21 @@ def test_a_shared_experts_first_half(
     assert_close(y, want, "moe", reductions=(HIDDEN, WIDTH), top_k=TOP_K)
 
 
+def test_a_shared_expert_may_have_a_global_scale(
+    floats: Floats, expert_weights: MakeExperts, shared_expert: MakeShared
+) -> None:
+    """A number, where a stack has an array."""
+    format_ = BY_NAME["nvfp4-scaled"].of(mx.float32)
+    weights = expert_weights(EXPERTS, HIDDEN, WIDTH, **format_)
+    shared = shared_expert(HIDDEN, 32, output_gate=True, **format_)
+    for tokens in (1, 3):
+        x, logits = floats(tokens, HIDDEN), floats(tokens, EXPERTS)
+        with emulated():
+            y = moe(x, logits, SPEC, weights, shared=shared, backend="metal")
+        want = oracle.moe(x, logits, SPEC, weights, shared=shared)
+        assert_close(y, want, "moe", reductions=(HIDDEN, WIDTH), top_k=TOP_K)
+
+
 # -- derivatives -------------------------------------------------------------------------------------------
 
 

@@ -117,3 +117,9 @@ def test_writes_of_one_value_are_races_here() -> None:
             threadgroup=(32, 1, 1),
             outputs=[((1,), mx.float32)],
         )
+
+
+@pytest.mark.parametrize("file", sorted(kernels_dir().glob("*.*")), ids=lambda file: file.name)
+def test_sources_are_ascii(file: Path) -> None:
+    """MLX hands them to Apple's compiler as such."""
+    assert file.read_text().isascii()

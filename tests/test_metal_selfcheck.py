@@ -42,7 +42,20 @@ def test_the_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.failed == {}
     assert {made.name for made in launches} >= {"route", "gate_up", "down_combine", "plan", "combine"}
     assert {c.part for c in report.comparisons} == set(verdicts.PARTS)
-    assert report.verdict()["checked"] == 3 + 3 * 2 * 2
+    assert report.verdict()["checked"] == 4 + 3 * 2 * 2
+
+
+def test_a_kernel_that_does_not_compile_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "_PACKINGS", (None,))
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("[metal::Device] Unable to build metal library from source")
+
+    monkeypatch.setattr(metal.band, "gate_up", refuse)
+    with emulated(check=False):
+        report = selfcheck.check()
+    assert set(report.failed) == {"band"}
+    assert "Unable to build metal library" in report.failed["band"]
 
 
 def test_a_kernel_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:

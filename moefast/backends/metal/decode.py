@@ -391,7 +391,7 @@ def bind_down_combine(
         "A": _promoted(dtype, kind.combine),
         "I": _promoted(dtype, kind.weights),
     }
-    simdgroups = min(top_k + tasks, 32)  # 1024 threads
+    simdgroups = min(top_k + tasks, 12)  # 384 threads: as many as any GPU has of a kernel full of registers
     launch = launcher(function, types, numbers, operands, cover(layout.hidden, ROWS), simdgroups)
     arrays = reader(layouts)
     shared_arrays = None if shared is None else reader({"down": shared.layout.down})

@@ -88,7 +88,7 @@ class Geometry(NamedTuple):
 @lru_cache(maxsize=1024)
 def geometry(routes: int, num_experts: int, height: int) -> Geometry:
     """How a plan of so many routes is launched."""
-    simdgroups = 32
+    simdgroups = 16  # 512 threads: a GPU may refuse more of a kernel with so many registers
     while simdgroups * (num_experts + 1) > 9216:  # 18 KB of counters
         simdgroups //= 2
     each = min(max(-(-routes // _MOST_GROUPS), _ROUTES_EACH), _MOST_ROUTES_EACH)

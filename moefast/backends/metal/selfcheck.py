@@ -5,8 +5,10 @@ The emulator shows that decode's bits are those of MLX's kernels. Whether this G
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -28,16 +30,20 @@ _HIDDEN, _WIDTH, _EXPERTS, _TOP_K = 512, 320, 8, 2
 # Tokens that run each part's kernels.
 _TOKENS = {"decode": 1, "band": 5, "tiles": 96}
 _PACKINGS: tuple[QuantSpec | None, ...] = (
-    QuantSpec(bits=4),
-    QuantSpec(bits=8),
+    *(QuantSpec(bits=bits) for bits in (2, 3, 4, 5, 6, 8)),
     QuantSpec(bits=4, group_size=32, mode="mxfp4"),
+    QuantSpec(bits=8, group_size=32, mode="mxfp8"),
+    QuantSpec(bits=4, group_size=16, mode="nvfp4"),
     None,
 )
 _ROUTERS = (
     RouterSpec(num_experts=64, top_k=6, renormalize=True),
     RouterSpec(num_experts=64, top_k=6, score_over="selected", ties="highest"),
     RouterSpec(num_experts=64, top_k=6, score="sigmoid", num_groups=8, top_groups=4, scale=2.5),
+    RouterSpec(num_experts=64, top_k=6, score="sqrtsoftplus", renormalize=True),
 )
+# Small scores: a logarithm near 1 that is only nearly right would choose other experts.
+_LOWEST = -9.0
 
 
 class Comparison(NamedTuple):
@@ -49,6 +55,7 @@ class Comparison(NamedTuple):
         error: the largest error relative to its row, and the bound on it.
         different: results whose bits differ, of how many.
         exact: whether none may.
+        failure: why there was no result.
     """
 
     part: str
@@ -58,10 +65,13 @@ class Comparison(NamedTuple):
     different: int
     of: int
     exact: bool
+    failure: str = ""
 
     @property
     def reason(self) -> str | None:
         """What is wrong, or None."""
+        if self.failure:
+            return f"{self.name}: {self.failure}"
         if not self.error <= self.bound:  # NaN is wrong, too
             return f"{self.name}: error {self.error:.2g} exceeds {self.bound:.2g}"
         if self.exact and self.different:
@@ -96,12 +106,25 @@ class Report:
 
 def check() -> Report:
     """Run every comparison on the default device, within seconds. Stores nothing."""
-    comparisons = [_of_router(spec) for spec in _ROUTERS]
+    comparisons = [
+        _tried("route", f"{spec.score} of {spec.num_experts} experts", partial(_of_router, spec))
+        for spec in _ROUTERS
+    ]
     for part, tokens in _TOKENS.items():
         for quant in _PACKINGS:
             for dtype in (mx.bfloat16, mx.float16):
-                comparisons.append(_of_experts(part, tokens, quant, dtype))
+                packing = "unquantized" if quant is None else f"{quant.mode} {quant.bits} bits"
+                name = f"{part}, {packing}, {dtype_name(dtype)}"
+                comparisons.append(_tried(part, name, partial(_of_experts, part, name, tokens, quant, dtype)))
     return Report(tuple(comparisons))
+
+
+def _tried(part: str, name: str, compare: Callable[[], Comparison]) -> Comparison:
+    """A comparison. A kernel that does not compile, or is refused at its launch, has no error to measure."""
+    try:
+        return compare()
+    except (RuntimeError, ValueError) as error:
+        return Comparison(part, name, float("nan"), 0.0, 0, 0, False, failure=str(error).strip()[:300])
 
 
 def check_and_store() -> Report:
@@ -113,6 +136,7 @@ def check_and_store() -> Report:
 
 def _of_router(spec: RouterSpec) -> Comparison:
     logits = _normal(64, spec.num_experts, seed=0)
+    logits = mx.concatenate([logits, logits + _LOWEST])
     problem = Problem("route", here(), logits.dtype, phase_of(logits.shape), (spec, None, None))
     run = block.bind(problem).run
     got, want = (f(logits, spec, None, None) for f in (run, REFERENCE.kernels["route"].run))
@@ -125,10 +149,11 @@ def _of_router(spec: RouterSpec) -> Comparison:
     error = float("inf") if not same.all() else testing.error(*weights).max
     bound = testing.routing_bound(spec, logits.dtype).weights
     different = int((weights[0] != weights[1]).sum())
-    return Comparison("route", f"{spec.score} of 64 experts", error, bound, different, weights[0].size, False)
+    name = f"{spec.score} of {spec.num_experts} experts"
+    return Comparison("route", name, error, bound, different, weights[0].size, False)
 
 
-def _of_experts(part: str, tokens: int, quant: QuantSpec | None, dtype: mx.Dtype) -> Comparison:
+def _of_experts(part: str, name: str, tokens: int, quant: QuantSpec | None, dtype: mx.Dtype) -> Comparison:
     assert kernels_for(tokens, _TOP_K, _EXPERTS, generation=0) == part
     x = _normal(tokens, _HIDDEN, seed=1).astype(dtype)
     weights = ExpertWeights(
@@ -147,13 +172,12 @@ def _of_experts(part: str, tokens: int, quant: QuantSpec | None, dtype: mx.Dtype
     limit = testing.bound(dtype, "experts", reductions=(_HIDDEN, _WIDTH), top_k=_TOP_K)
     figures = testing.error(got, testing.float64(want))
     different = int((testing.float64(got) != testing.float64(want)).sum())
-    packing = "unquantized" if quant is None else f"{quant.mode} {quant.bits} bits"
     # On a CPU the reference adds up in float32, in another order.
     affine = quant is not None and quant.mode == "affine"
     exact = part == "decode" and affine and not emulated()
     return Comparison(
         part,
-        f"{part}, {packing}, {dtype_name(dtype)}",
+        name,
         figures.max,
         2 * limit.max,  # both err
         different,
