@@ -161,7 +161,7 @@ LARGE = (
     Case(127, top_k=4, experts=160, hidden=512, width=192, formats="affine4-g64", dtype=mx.bfloat16),
     Case(127, top_k=16, experts=16, hidden=40, width=136, dtype=mx.float16),
     Case(40, top_k=32, experts=1024, hidden=8, width=8, kind="hot"),
-    Case(17, top_k=64, experts=64, hidden=8, width=4),
+    Case(17, top_k=64, experts=64, hidden=32, width=32),
 )
 
 
