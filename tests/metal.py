@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
 
 from moefast.backends import registry
 from moefast.backends.metal import METAL, launch
+from moefast.env import settings
+
+needs_emulator = pytest.mark.skipif(
+    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
+)
 
 
 @contextmanager

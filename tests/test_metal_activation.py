@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
@@ -14,18 +13,15 @@ import numpy as np
 import oracle
 import pytest
 from formats import ACTIVATIONS
-from metal import emulated
+from metal import emulated, needs_emulator
 from mlx_kernels import TYPES, bits, numbers, of
 
 from moefast import Activation
 from moefast.backends.metal import launch
 from moefast.backends.metal.activations import functor
-from moefast.env import settings
 from moefast.testing import assert_close
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
-)
+pytestmark = needs_emulator
 
 SPECS = [*ACTIVATIONS, Activation(name="swiglu_oai"), Activation(name="swiglu_oai", alpha=1.3, limit=0.7)]
 

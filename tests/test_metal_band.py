@@ -4,7 +4,6 @@ they read, counted."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import mlx.core as mx
 import numpy as np
@@ -12,17 +11,14 @@ import oracle
 import pytest
 from factories import Floats, MakeProjection
 from formats import ACTIVATIONS, BY_NAME, DTYPES
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast import Activation, ExpertWeights, Projection
 from moefast.backends.metal import band, decode
 from moefast.backends.metal.launch import Launch
-from moefast.env import settings
 from moefast.testing import Float64, assert_close, float64
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
-)
+pytestmark = needs_emulator
 
 
 @dataclass(frozen=True)

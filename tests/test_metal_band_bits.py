@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import mlx.core as mx
 import mlx_chain as chain
 import numpy as np
 import pytest
 from factories import Floats, MakeExperts, MakeProjection
 from formats import BY_NAME, DTYPES, Format
-from metal import emulated
+from metal import emulated, needs_emulator
 from mlx_kernels import bits
 
 from moefast import ExpertWeights, QuantSpec
 from moefast.backends.metal import band, decode
 from moefast.backends.metal.combine import combine
-from moefast.env import settings
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
-)
+pytestmark = needs_emulator
 
 # Hidden, width, top_k and whether weights of routes are float32. Of the rows of a matrix, which do not depend
 # on each other, only 64 are computed.

@@ -15,7 +15,7 @@ import oracle
 import pytest
 from factories import Floats, MakeExperts, MakeShared
 from formats import BY_NAME
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast import (
     ExpertWeights,
@@ -34,6 +34,8 @@ from moefast.backends import metal
 from moefast.backends.metal import dispatch, launch
 from moefast.registry import Problem
 from moefast.testing import assert_close, float64
+
+pytestmark = needs_emulator
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 64, 96, 8, 2
 SPEC = RouterSpec(num_experts=EXPERTS, top_k=TOP_K, renormalize=True)

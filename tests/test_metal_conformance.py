@@ -19,11 +19,13 @@ from families import FAMILIES, Family
 from formats import ACTIVATIONS, BY_NAME, DTYPES, FORMATS, Format
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast import Activation, ExpertWeights, Routing, experts, moe, route, switch_glu
 from moefast.backends.metal.dispatch import kernels_for
 from moefast.testing import assert_close, assert_same_routing
+
+pytestmark = needs_emulator
 
 # A scale or weight of another dtype than x is refused.
 OWN_DTYPE = [format_ for format_ in FORMATS if format_.dtype is None]

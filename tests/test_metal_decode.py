@@ -3,7 +3,6 @@ threads."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
@@ -12,16 +11,13 @@ import oracle
 import pytest
 from factories import Floats, MakeExperts, MakeProjection, MakeShared
 from formats import ACTIVATIONS, BY_NAME, DTYPES, FORMATS, Format
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast import Activation, ExpertWeights, Projection, QuantSpec
 from moefast.backends.metal import decode
-from moefast.env import settings
 from moefast.testing import assert_close, float64
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
-)
+pytestmark = needs_emulator
 
 AFFINE4 = QuantSpec()
 

@@ -6,7 +6,6 @@ those.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +15,14 @@ import numpy as np
 import pytest
 from factories import Floats, MakeExperts, MakeProjection
 from formats import ACTIVATIONS, FORMATS, Format
-from metal import emulated
+from metal import emulated, needs_emulator
 from mlx_kernels import bits
 
 from moefast import Activation, ExpertWeights, QuantSpec, SharedExpert
 from moefast.backends.metal import decode
 from moefast.emulator.metallib import Metallib
-from moefast.env import settings
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
-)
+pytestmark = needs_emulator
 
 
 PLACES = (

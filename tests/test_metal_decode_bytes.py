@@ -5,25 +5,20 @@ Output rows do not depend on each other: some of them are computed, and their by
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import mlx.core as mx
 import mlx_chain as chain
 import numpy as np
 import pytest
 from factories import Floats, MakeExperts, MakeShared
-from metal import emulated
+from metal import emulated, needs_emulator
 from mlx_kernels import bits
 from test_metal_decode_bits import MODELS, down_of_mlx, gate_up_of_mlx, routes_of
 
 from moefast import QuantSpec
 from moefast.backends.metal import decode
 from moefast.emulator.counters import Counters
-from moefast.env import settings
 
-pytestmark = pytest.mark.skipif(
-    find_spec("ziglang") is None and not settings.clang, reason="needs the compiler of moefast[emulator]"
-)
+pytestmark = needs_emulator
 
 # Requested by lanes, over the unique bytes of weights, scales and offsets.
 WHOLE_LAYER = 2.2

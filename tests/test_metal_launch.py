@@ -7,13 +7,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast import emulator
 from moefast.backends import metal
 from moefast.backends.metal import launch, source
 from moefast.emulator import EmulatorError
 from moefast.paths import kernels_dir
+
+pytestmark = needs_emulator
 
 KERNELS = sorted(kernels_dir().glob("*.metal"))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from metal import emulated
+from metal import emulated, needs_emulator
 from mlx_lm.models.cache import make_prompt_cache
 from model_builders import ours
 
 from moefast import use_backend
 from moefast.lm.presets import FAMILIES, preset
+
+pytestmark = needs_emulator
 
 PROMPT, LENGTH = 9, 6
 

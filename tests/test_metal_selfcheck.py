@@ -9,13 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast import QuantSpec, RouterSpec, doctor
 from moefast.backends import metal
 from moefast.backends.metal import refusals, selfcheck, verdicts
 from moefast.backends.metal.selfcheck import Comparison, Report
 from moefast.registry import Problem
+
+pytestmark = needs_emulator
 
 ROUTER = RouterSpec(num_experts=8, top_k=2)
 
