@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from factories import Floats
-from metal import emulated
+from metal import emulated, needs_emulator
 from mlx_kernels import TYPES, bits
 
 from moefast.backends.metal.combine import combine
@@ -19,6 +19,8 @@ from moefast.backends.reference.experts import combine as reference_combine
 from moefast.backends.reference.experts import identity_share
 from moefast.routing import Routing
 from moefast.testing import assert_close, float64, unit_roundoff
+
+pytestmark = needs_emulator
 
 KINDS = {dtype: kind for kind, dtype in TYPES.items()}
 

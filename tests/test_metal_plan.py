@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast.backends.metal.plan import MAX_EXPERTS, Plan, geometry, plan
+
+pytestmark = needs_emulator
 
 
 @dataclass(frozen=True)

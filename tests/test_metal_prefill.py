@@ -10,12 +10,14 @@ import oracle
 import pytest
 from factories import Floats, MakeProjection
 from formats import ACTIVATIONS, BY_NAME, DTYPES
-from metal import emulated
+from metal import emulated, needs_emulator
 
 from moefast import Activation, ExpertWeights, Projection
 from moefast.backends.metal import prefill
 from moefast.backends.metal.launch import Launch
 from moefast.testing import Float64, assert_close, float64
+
+pytestmark = needs_emulator
 
 PACKED = tuple(name for name, format_ in BY_NAME.items() if format_.quant is not None and not format_.dtype)
 

@@ -15,7 +15,7 @@ from factories import Floats
 from families import BY_NAME, FAMILIES, Family
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from metal import emulated
+from metal import emulated, needs_emulator
 from strategies import router_specs
 
 from moefast import RouterSpec, emulator
@@ -25,6 +25,8 @@ from moefast.backends.reference.route import route as reference
 from moefast.registry import Problem
 from moefast.routing import Routing
 from moefast.testing import assert_same_routing, float64
+
+pytestmark = needs_emulator
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 slow = pytest.mark.slow
