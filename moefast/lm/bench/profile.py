@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn
 from mlx.utils import tree_flatten
 
-from ...models.attention import Attention
+from ...models.attention import Attention, SeparateAttention
 from ...nn import MLP, Embedding, MoE, Router
 from .subjects import Forward, ModelSubject
 
@@ -114,6 +114,8 @@ def parts_of(model: Any) -> list[Part]:
             add(f"{path}.{module.OUTPUT}", OUTPUT)
             for name in module.INPUTS:
                 add(f"{path}.{name}", INPUTS)
+            if isinstance(module, SeparateAttention):  # ours has them in one operation
+                add(path, INPUTS, "project")
         elif isinstance(module, MoE):
             add(path, BLOCK)
             add(f"{path}.{module.names.router}", ROUTER)
@@ -144,6 +146,8 @@ def watched(
         if part.path in modules:  # mlx-lm may compute one without a layer: then it is the enclosing part's
             module = modules[part.path]
             method = "logits" if isinstance(module, Router) else part.method
+            if not hasattr(type(module), method):
+                continue
             methods.setdefault(id(module), (module, {}))[1][method] = part.name
     updates = {"update_and_fetch": CACHE}
     kinds_of_cache = {type(layer) for layer in cache}
