@@ -105,7 +105,7 @@ class Report:
 
 
 def check() -> Report:
-    """Run every comparison on the default device, within seconds. Stores nothing."""
+    """Run every comparison on the default device. Stores nothing."""
     comparisons = [
         _tried("route", f"{spec.score} of {spec.num_experts} experts", partial(_of_router, spec))
         for spec in _ROUTERS
