@@ -1,0 +1,51 @@
+"""A module becomes accelerated by its class, and the original again the same way.
+
+``__call__`` of an instance is not looked up by Python, and a module put in the place of another would lose
+its identity, its parameters' names and every reference to it. A class that derives from the module's own
+changes the forward pass and nothing else: parameters, saving, quantizing, ``deepcopy``, ``isinstance``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import mlx.nn
+
+_STATE = ("_moefast_backend", "_moefast_recall", "_recall", "_recall_rows", "_recall_products")
+
+
+def swap(module: mlx.nn.Module, ahead: type, backend: str, **attributes: Any) -> None:
+    """Put ``ahead`` before the class of ``module``.
+
+    Args:
+        module: becomes an instance of a class derived from ``ahead`` and its own.
+        ahead: overrides what is to be another.
+        backend: its ``_moefast_backend``.
+        attributes: of the new class; hashable.
+    """
+    module.__dict__["_moefast_backend"] = backend
+    module.__class__ = _derived(ahead, type(module), tuple(attributes.items()))
+
+
+def original_of(module: mlx.nn.Module) -> type | None:
+    """The class that ``module`` had before :func:`swap`, or None where it has that class still."""
+    found: type | None = type(module).__dict__.get("_moefast_original")
+    return found
+
+
+def unswap(module: mlx.nn.Module) -> bool:
+    """Undo :func:`swap`; whether there was something to undo."""
+    original = original_of(module)
+    if original is None:
+        return False
+    module.__class__ = original
+    for name in _STATE:
+        module.__dict__.pop(name, None)
+    return True
+
+
+@cache
+def _derived(ahead: type, kind: type, attributes: tuple[tuple[str, Any], ...]) -> type:
+    members = {"_moefast_original": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(f"Accelerated{kind.__name__}", (ahead, kind), {**dict(attributes), **members})
