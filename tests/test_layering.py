@@ -19,10 +19,10 @@ PACKAGE = ROOT / "moefast"
 # the top of the package needs a row.
 ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"lm", "accelerate", "doctor"},
-    "lm": {"models", "accelerate", "testing"},
-    "doctor": {"accelerate", "ops", "paths"},
-    "accelerate": {"families", "nn"},
+    "cli": {"lm", "acceleration", "doctor"},
+    "lm": {"models", "acceleration", "testing"},
+    "doctor": {"acceleration", "ops", "paths"},
+    "acceleration": {"families", "nn"},
     "families": {"specs", "weights"},
     "models": {"nn"},
     "nn": {"ops"},

@@ -34,6 +34,10 @@ class AcceleratedBlock:
     _moefast_row: ClassVar[Block]
     _moefast_backend: str
 
+    def moefast_logits(self: Any, x: mx.array) -> mx.array:
+        """x: ``[..., hidden]`` -> router logits ``[..., num_experts]``."""
+        return router_logits(self._moefast_row, self, x)
+
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., hidden]`` -> ``[..., hidden]``."""
         row = self._moefast_row
@@ -52,7 +56,7 @@ def forward(block: Any, row: Block, backend: str, x: mx.array) -> mx.array:
     """The block's output before ranks are summed. x: ``[..., hidden]`` -> ``[..., hidden]``."""
     experts = part(block, row.experts)
     spec = router_spec(row, block, stack_size(experts), dtype_name(x.dtype))
-    logits = router_logits(row, block, x)
+    logits = block.moefast_logits(x)
     bias = selection_bias(row, block)
     shared = None if row.shared is None else block.get(row.shared)
     gate = None if row.shared_gate is None else block[row.shared_gate]

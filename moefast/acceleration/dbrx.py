@@ -13,7 +13,7 @@ import mlx.nn
 
 from ..families import Block
 from ..nn.projection import projection_of
-from .block import forward
+from .block import AcceleratedBlock, forward
 
 KIND = "dbrx.SparseMoeBlock"
 EXPERT = "dbrx.MLP"
@@ -35,12 +35,11 @@ ROW = Block(
 )
 
 
-class AcceleratedDbrx:
+class AcceleratedDbrx(AcceleratedBlock):
     """Goes before DBRX's block, once :func:`stack` has stacked it. In training the reference runs: the
     original needs its list."""
 
     _moefast_row: ClassVar[Block] = ROW
-    _moefast_backend: str
 
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., hidden]`` -> ``[..., hidden]``."""
