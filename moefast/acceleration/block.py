@@ -75,7 +75,7 @@ def forward(block: Any, row: Block, backend: str, x: mx.array) -> mx.array:
 def stack_size(experts: Any) -> int:
     """How many experts a stack holds."""
     up = experts["up_proj" if "up_proj" in experts else "fc1"]
-    return int(getattr(up, "linear", up)["weight"].shape[0])  # a LoRA layer holds the linear one
+    return int(up.get("linear", up)["weight"].shape[0])  # a LoRA layer holds the linear one
 
 
 def is_plain(row: Block, block: Any) -> bool:

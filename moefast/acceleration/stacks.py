@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.nn
@@ -23,6 +23,8 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "gemma4_text.GeGLU": ("geglu_tanh", {}),
     "kimi_k3.SiTU": ("situ", {"beta": "beta", "linear_beta": "linear_beta"}),
     "muse_spark.PreciseSwiGLU": ("swiglu_clamped", {}),  # float32, never clamped
+    "mlx.nn.layers.activations.ReLU2": ("relu2", {}),
+    "mlx.nn.layers.activations.GELU": ("gelu_tanh", {"approx": "_approx"}),
 }
 
 GLU, MLP = ("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2")
@@ -30,16 +32,20 @@ GLU, MLP = ("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2")
 
 def activation_of(module: Any) -> Activation | None:
     """What stands between the projections, or None for an activation that no kernel has."""
-    if type(module) is mlx.nn.ReLU2:
-        return Activation(name="relu2")
-    if type(module) is mlx.nn.GELU:
-        return Activation(name="gelu_tanh") if module._approx in ("precise", "tanh") else None
-    kind = type(module)
-    row = _ACTIVATIONS.get(f"{kind.__module__.removeprefix('mlx_lm.models.')}.{kind.__qualname__}")
+    row = _row(type(module))
     if row is None:
         return None
     name, attributes = row
+    if not attributes:
+        return _activation(name, ())
+    if name == "gelu_tanh":
+        return _activation(name, ()) if module._approx in ("precise", "tanh") else None
     return _activation(name, tuple([(p, getattr(module, attribute)) for p, attribute in attributes.items()]))
+
+
+@cache
+def _row(kind: type) -> tuple[str, dict[str, str]] | None:
+    return _ACTIVATIONS.get(f"{kind.__module__.removeprefix('mlx_lm.models.')}.{kind.__qualname__}")
 
 
 @lru_cache(maxsize=64)

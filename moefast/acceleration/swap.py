@@ -47,5 +47,11 @@ def unswap(module: mlx.nn.Module) -> bool:
 
 @cache
 def _derived(ahead: type, kind: type, attributes: tuple[tuple[str, Any], ...]) -> type:
-    members = {"_moefast_original": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(f"Accelerated{kind.__name__}", (ahead, kind), {**dict(attributes), **members})
+    # By module and name a class of layers is known, and printed: they stay.
+    members = {
+        "_moefast_original": kind,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (ahead, kind), {**dict(attributes), **members})

@@ -73,7 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="runs of each figure, time permitting (default: 5)")  # fmt: skip
     parser.add_argument("--subjects", nargs="+", metavar="NAME", default=default,
                         choices=known,
-                        help=f"what to measure: {', '.join(known)} (default here: {' '.join(default)})")  # fmt: skip
+                        help=f"what to measure: {', '.join(known)} "
+                             f"(default here: {' '.join(default)})")  # fmt: skip
     parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and prompts (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON to a file, too")
     parser.add_argument("--profile", action="store_true",

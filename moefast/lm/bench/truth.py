@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from ...backends import use_backend
 from ...acceleration.block import AcceleratedBlock
+from ...backends import use_backend
 from ...nn import MoE, Router
 from .models import backbone_of, head
 
