@@ -17,6 +17,7 @@ from ..families import BLOCKS
 from ..nn import MoE
 from ..registry import device_name
 from . import apart, dbrx
+from .attention import attention_class
 from .block import AcceleratedBlock
 from .checks import Verdict, look_at_block, look_at_experts
 from .dense import dense_class
@@ -52,8 +53,8 @@ def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | Non
         model: of any family, already quantized, adapted or sharded, or to be.
         backend: a name of :func:`moefast.backends`, or ``"auto"``: the fastest that takes a layer, and the
             original where none does.
-        dense: also linear layers, heads, norms and rotary positions; by default where the native backend
-            runs them.
+        dense: also linear layers, heads, norms, rotary positions and attention; by default where the native
+            backend runs them.
 
     Returns:
         What runs where, and what was left alone and why.
@@ -186,7 +187,7 @@ def _dbrx(block: Any, backend: str, dtype: mx.Dtype) -> Verdict:
 def _swap_dense(model: mlx.nn.Module, backend: str) -> list[Entry]:
     found = []
     for path, module in _in_order(model):
-        ahead = dense_class(module)
+        ahead = dense_class(module) or attention_class(module)
         if ahead is not None:
             kind = type(module).__name__
             swap(module, ahead, backend)

@@ -44,7 +44,7 @@ def activation_of(module: Any) -> Activation | None:
 
 
 @cache
-def _row(kind: type) -> tuple[str, dict[str, str]] | None:
+def _row(kind: Any) -> tuple[str, dict[str, str]] | None:
     return _ACTIVATIONS.get(f"{kind.__module__.removeprefix('mlx_lm.models.')}.{kind.__qualname__}")
 
 
