@@ -1,9 +1,9 @@
 """The hook: every model that mlx-lm loads comes back accelerated.
 
-mlx-lm has no plug-ins. But all its ways to a model (``load``, ``sharded_load`` and with them its commands and
-its server) look up ``mlx_lm.utils.load_model`` when they are called, so wrapping that one function reaches them
-all. Adapters are loaded and models are sharded after it: accelerated layers look at what they have become
-when they are called.
+mlx-lm has no plug-ins. But all its ways to a model (``load``, ``sharded_load`` and with them its commands
+and its server) look up ``mlx_lm.utils.load_model`` when they are called, so wrapping that one function
+reaches them all. Adapters are loaded and models are sharded after it: accelerated layers look at what they
+have become when they are called.
 
 DBRX is loaded as :mod:`moefast.models.dbrx`, which has its experts stacked from the start: stacking those of
 mlx-lm's class would need memory for a copy of a layer. Adapters of its single experts then have nowhere to
@@ -109,7 +109,7 @@ class Hook:
         model, config, own = self._load(arguments, named)
         path = arguments[0] if arguments else named.get("model_path")
         if own:
-            self._say(path, f"moefast: {type(model).__module__}: experts stacked as they were loaded")
+            self._say(path, f"moefast: DBRX as {type(model).__module__}, with its experts stacked")
         elif type(model).__module__ == _DBRX and not self.dbrx:
             self._say(path, "moefast: DBRX is left to mlx-lm here, whose names its experts keep")
         elif not type(model).__module__.startswith(_OWN):  # that has nothing left to accelerate

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ..acceleration.hook import install
+from ..acceleration.hook import install, uninstall
 from ..errors import refuse
 
 # What they do, in a word, for the list.
@@ -47,9 +47,9 @@ def listing() -> str:
     )
 
 
-def hand_over(argv: Sequence[str]) -> None:
-    """Run one of mlx-lm's commands in this process; it reads its arguments from ``sys.argv`` and ends as it
-    likes.
+def prepare(argv: Sequence[str]) -> Callable[[], None]:
+    """One of mlx-lm's commands, ready to run in this process: it reads its arguments from ``sys.argv`` and
+    ends as it likes.
 
     Args:
         argv: the command and its arguments, which are mlx-lm's.
@@ -61,10 +61,13 @@ def hand_over(argv: Sequence[str]) -> None:
     command, *arguments = argv
     if command not in ACCELERATED and command not in UNTOUCHED:
         refuse("lm", f"the command must be one of {(*ACCELERATED, *UNTOUCHED)}", repr(command))
-    if command in ACCELERATED and not install(dbrx=command not in _KEEPS_NAMES):
+    if command in UNTOUCHED:
+        uninstall()
+    elif not install(dbrx=command not in _KEEPS_NAMES):
         print(f"moefast: MOEFAST=0: {command} runs as in mlx-lm", file=sys.stderr)
     from mlx_lm import cli
 
     # It takes the command away, and argparse shows the rest of the first.
     sys.argv = [f"moefast lm {command}", command, *arguments]
-    cli.main()
+    run: Callable[[], None] = cli.main
+    return run
