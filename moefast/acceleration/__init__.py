@@ -4,8 +4,9 @@
     report = moefast.accelerate(model)
     print(report)
 
-The order of reading: :mod:`.model` decides, :mod:`.checks` says of a block what would run it, :mod:`.block`
-is what then runs, :mod:`.swap` how it comes to. What is known of mlx-lm's blocks: :mod:`moefast.families`.
+The order of reading: :mod:`.model`; :mod:`.look` finds what can be accelerated and :mod:`.checks` says of a
+layer what would run it; :mod:`.block` is what then runs, :mod:`.swap` how it comes to. What is known of
+mlx-lm's blocks: :mod:`moefast.families`.
 """
 
 from .model import accelerate, accelerated, restore

@@ -10,6 +10,7 @@ from .. import ops
 from ..routing import Routing
 from ..specs import RouterSpec
 from .experts import weights_of
+from .swap import runs_original
 
 ROUTER, EXPERTS = "gemma4_text.Router", "gemma4_text.Experts"
 
@@ -40,7 +41,7 @@ class AcceleratedApartExperts:
 
     def __call__(self: Any, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """x: ``[..., hidden]``, indices and weights: ``[..., top_k]`` -> ``[..., hidden]``."""
-        stacks = None if self.training else weights_of(self.switch_glu)
+        stacks = None if runs_original(self, x.shape) else weights_of(self.switch_glu)
         if stacks is None:
             return super().__call__(x, indices, weights)  # type: ignore[misc,no-any-return]
         return ops.experts(x, stacks, Routing(indices, weights), backend=self._moefast_backend)

@@ -6,12 +6,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn
 
+from .. import tuning
 from ..backends import registry
 from ..families import Block
-from ..nn.projection import projection_of
+from ..nn.projection import plain, projection_of, quantized
 from ..ops.experts import _problem as experts_problem
 from ..ops.moe import _problem as moe_problem
+from ..ops.quantized_matmul import _problem as matmul_problem
 from ..ops.route import _problem as route_problem
 from ..registry import Problem, device_name
 from ..weights import dtype_name, form_of
@@ -29,11 +32,21 @@ _ADAPTED = ("mlx_lm.tuner.lora", "LoRASwitchLinear")
 
 
 class Verdict(NamedTuple):
-    """Why not (then nothing else counts), or the backend of each phase, and what to say of it."""
+    """Why not (then nothing else counts), or the backend of each phase, and what to say of it.
+
+    ``problems``: what the module would ask a backend in each phase; ``hidden``: width of its input.
+    """
 
     reason: str | None = None
     backends: dict[str, str] = {}  # noqa: RUF012 (never written to)
     remark: str | None = None
+    problems: dict[str, Problem] = {}  # noqa: RUF012 (never written to)
+    hidden: int = 0
+
+    @property
+    def originals(self) -> frozenset[str]:
+        """Phases in which the original runs."""
+        return frozenset(phase for phase, name in self.backends.items() if name == tuning.ORIGINAL)
 
 
 def look_at_block(row: Block, block: Any, backend: str, dtype: mx.Dtype) -> Verdict:
@@ -58,7 +71,7 @@ def look_at_block(row: Block, block: Any, backend: str, dtype: mx.Dtype) -> Verd
         problems, remark = _block_problems(row, block, experts, dtype)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         return Verdict(f"its parameters are not what its class has: {error}")
-    return _ask(problems, backend)._replace(remark=remark)
+    return _ask(problems, backend)._replace(remark=remark, hidden=_hidden(row, block))
 
 
 def look_at_experts(experts: Any, backend: str, dtype: mx.Dtype) -> Verdict:
@@ -86,7 +99,27 @@ def look_at_experts(experts: Any, backend: str, dtype: mx.Dtype) -> Verdict:
         }
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         return Verdict(f"its parameters are not what its class has: {error}")
-    return _ask(problems, backend)
+    return _ask(problems, backend)._replace(hidden=weights.layout.hidden)
+
+
+def look_at_dense(layer: Any, backend: str, dtype: mx.Dtype) -> Verdict:
+    """A layer beside the experts. Of a linear one its product is asked about; others are small."""
+    weight = projection_of(layer)
+    if weight is None and isinstance(layer, mlx.nn.Embedding | mlx.nn.QuantizedEmbedding):
+        packed = isinstance(layer, mlx.nn.QuantizedEmbedding)
+        weight = quantized(layer) if packed else plain(layer)  # as the head, where it is that, too
+    if weight is None:
+        return Verdict(None, dict.fromkeys(TOKENS, "native"))
+    try:
+        problems = {
+            phase: matmul_problem(
+                "quantized_matmul", (tokens, weight.layout.in_dims), dtype, (weight.layout,), device_name()
+            )
+            for phase, tokens in TOKENS.items()
+        }
+    except ValueError as error:
+        return Verdict(str(error))
+    return _ask(problems, backend)._replace(hidden=weight.layout.in_dims)
 
 
 def why_not_stack(experts: Any) -> str | None:
@@ -179,16 +212,23 @@ def _hidden(row: Block, block: Any) -> int:
 
 
 def _ask(problems: dict[str, Problem], backend: str) -> Verdict:
-    """Who takes these problems. With "auto" the reference is no gain: it is what the model does already."""
+    """Who takes these problems. With "auto" the reference is no gain: it is what the model does already; nor
+    is a backend where ``moefast tune`` found the original to be faster."""
     wanted = registry.default if backend == "auto" else backend
     takers: dict[str, str] = {}
     refused: dict[str, str] = {}
     for phase, problem in problems.items():
-        taker, reasons = registry.ask(problem, wanted)
+        tuned = tuning.choice(problem) if wanted == "auto" else None
+        if tuned == tuning.ORIGINAL:
+            takers[phase] = tuned
+            continue
+        taker, reasons = registry.ask(problem, tuned or wanted)
         if taker is None:
             return Verdict("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
         takers[phase] = taker.name
         refused |= reasons
+    if set(takers.values()) == {tuning.ORIGINAL}:
+        return Verdict("moefast tune found the original faster", problems=problems)
     if wanted == "auto" and set(takers.values()) == {"reference"}:
         return Verdict("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
-    return Verdict(None, takers)
+    return Verdict(None, takers, problems=problems)

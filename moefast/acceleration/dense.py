@@ -16,18 +16,19 @@ from .. import ops
 from ..nn.projection import plain, quantized
 from ..nn.recall import product, rows
 from ..registry import log
+from .swap import runs_original
 
 
 def _or_original(
-    layer: Any, run: Callable[[], mx.array], original: Callable[..., mx.array], *arguments: Any
+    layer: Any, run: Callable[[], mx.array], original: Callable[..., mx.array], x: mx.array, *others: Any
 ) -> mx.array:
-    if layer.training:
-        return original(*arguments)
+    if runs_original(layer, x.shape):
+        return original(x, *others)
     try:
         return run()
     except ValueError as error:  # raised by the description of the call, before anything runs
         log.info("%s: the original, %s", type(layer).__name__, error)
-        return original(*arguments)
+        return original(x, *others)
 
 
 class AcceleratedLinear:

@@ -10,6 +10,7 @@ import mlx.nn
 from .. import ops
 from ..weights import ExpertWeights
 from .stacks import activation_of, expert_weights
+from .swap import runs_original
 
 STACKS = ("switch_layers.SwitchGLU", "switch_layers.SwitchMLP")
 
@@ -24,7 +25,7 @@ class AcceleratedExperts:
 
     def __call__(self: Any, x: mx.array, indices: mx.array) -> mx.array:
         """x: ``[..., input_dims]``, indices: ``[..., top_k]`` -> ``[..., top_k, input_dims]``."""
-        weights = None if self.training else weights_of(self)
+        weights = None if runs_original(self, x.shape) else weights_of(self)
         if weights is None or x.shape[:-1] != indices.shape[:-1]:
             return super().__call__(x, indices)  # type: ignore[misc,no-any-return]
         return ops.switch_glu(x, weights, indices, backend=self._moefast_backend)

@@ -4,38 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn
-from mlx.utils import tree_flatten
 
 from ..backends import backends, registry
 from ..env import settings
 from ..errors import refuse
-from ..families import BLOCKS
-from ..nn import MoE
 from ..registry import device_name
-from . import apart, dbrx
-from .attention import attention_class
-from .block import AcceleratedBlock
-from .checks import Verdict, look_at_block, look_at_experts
-from .dense import dense_class
-from .experts import STACKS, AcceleratedExperts
-from .known import PACKAGE, why_changed, why_unlike
+from . import dbrx
+from .look import Found, activation_dtype, arrays_of, in_order, look, look_beside
 from .report import Entry, Report
-from .routing import part
 from .swap import original_of, swap, unswap
-
-_ROWS = {f"{row.module}.{row.name}": row for row in BLOCKS}
-
-
-class _Swap(NamedTuple):
-    """What is to be done with a module, once everything has been looked at."""
-
-    module: mlx.nn.Module
-    ahead: type
-    attributes: dict[str, Any]
 
 
 def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | None = None) -> Report:
@@ -52,7 +32,7 @@ def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | Non
     Args:
         model: of any family, already quantized, adapted or sharded, or to be.
         backend: a name of :func:`moefast.backends`, or ``"auto"``: the fastest that takes a layer, and the
-            original where none does.
+            original where none does or ``moefast tune`` found that to be faster.
         dense: also linear layers, heads, norms, rotary positions and attention; by default where the native
             backend runs them.
 
@@ -70,25 +50,24 @@ def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | Non
         refuse("accelerate", "model must be an mlx.nn.Module", type(model).__name__)
     if not settings.enabled:
         return Report(note="MOEFAST=0: the model is as it was")
-    parameters = sum(array.nbytes for array in _arrays(model))
     before = mx.get_active_memory()
-    for _, module in _in_order(model):
-        if not isinstance(module, dbrx.AcceleratedDbrx):
-            unswap(module)
-    entries, swaps = _look(model, backend)
-    for of_one in swaps:
-        if of_one.ahead is dbrx.AcceleratedDbrx and original_of(of_one.module) is None:
-            dbrx.stack(of_one.module)
-        unswap(of_one.module)
-        swap(of_one.module, of_one.ahead, backend, **of_one.attributes)
-    wanted = registry.default if backend == "auto" else backend
+    parameters = sum(array.nbytes for array in arrays_of(model))
+    dtype = activation_dtype(model)
+    _to_originals(model)
+    found = list(look(model, backend, dtype))
+    apply(found, backend)
     if dense is None:
-        native = backends()["native"] is None and device_name() == "cpu"
-        dense = native and wanted in ("auto", "native") and any(e.what != "original" for e in entries)
+        wanted = registry.default if backend == "auto" else backend
+        native = backends()["native"] is None and device_name() == "cpu" and wanted in ("auto", "native")
+        dense = native and any(one.swaps for one in found)
     if dense:
-        entries += _swap_dense(model, backend)
+        beside = [one for one in look_beside(model, backend, dtype) if one.swaps]
+        apply(beside, backend)
+        found += beside
     return Report(
-        entries=tuple(entries), parameter_bytes=parameters, added_bytes=mx.get_active_memory() - before
+        entries=tuple(_entry(one) for one in found),
+        parameter_bytes=parameters,
+        added_bytes=mx.get_active_memory() - before,
     )
 
 
@@ -99,7 +78,7 @@ def restore(model: mlx.nn.Module) -> int:
         How many modules were changed back.
     """
     changed = 0
-    for _, module in _in_order(model):
+    for _, module in in_order(model):
         stacked = isinstance(module, dbrx.AcceleratedDbrx)
         changed += unswap(module)
         if stacked:
@@ -118,120 +97,31 @@ def accelerated(
         restore(model)
 
 
-def _look(model: mlx.nn.Module, backend: str) -> tuple[list[Entry], list[_Swap]]:
-    """What is to be done and what to say of it; changes nothing."""
-    dtype = activation_dtype(model)
-    entries: list[Entry] = []
-    swaps: list[_Swap] = []
-    seen: set[int] = set()  # modules that stand in two places, and stacks of blocks already spoken for
-    for path, module in _in_order(model):
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        name = _name(module)
-        made: tuple[Verdict, type, dict[str, Any], str] | None = None
-        if isinstance(module, MoE):
-            entries.append(Entry(path=path, kind="MoE", what="original", reason="it is moefast's own"))
-            seen.update(id(child) for _, child in _in_order(module))
-            continue
-        if name in _ROWS:
-            row = _ROWS[name]
-            verdict = look_at_block(row, module, backend, dtype)
-            made = verdict, AcceleratedBlock, {"_moefast_row": row}, "block"
-            experts = part(module, row.experts)
-            if verdict.reason is None:
-                seen.add(id(experts))
-                swaps.append(_Swap(experts, AcceleratedExperts, {}))
-        elif name == dbrx.KIND:
-            made = _dbrx(module, backend, dtype), dbrx.AcceleratedDbrx, {}, "block"
-        elif name == apart.ROUTER:
-            made = Verdict(why_changed([f"{apart.ROUTER}.__call__"])), apart.AcceleratedRouter, {}, "router"
-        elif name == apart.EXPERTS:
-            verdict = look_at_experts(module.switch_glu, backend, dtype)
-            changed = why_changed([f"{apart.EXPERTS}.__call__"])
-            if changed is not None:
-                verdict = Verdict(changed)
-            made = verdict, apart.AcceleratedApartExperts, {}, "experts"
-            if verdict.reason is None:
-                seen.add(id(module.switch_glu))
-                swaps.append(_Swap(module.switch_glu, AcceleratedExperts, {}))
-        elif any(isinstance(module, _class(kind)) for kind in STACKS):
-            made = look_at_experts(module, backend, dtype), AcceleratedExperts, {}, "experts"
-        if made is None:
-            continue
-        verdict, ahead, attributes, what = made
-        kind = (original_of(module) or type(module)).__name__
-        if verdict.reason is not None:
-            entries.append(Entry(path=path, kind=kind, what="original", reason=verdict.reason))
-            continue
-        entries.append(
-            Entry(path=path, kind=kind, what=what, backends=verdict.backends, reason=verdict.remark)
-        )
-        swaps.append(_Swap(module, ahead, attributes))
-    return entries, swaps
+def apply(found: list[Found], backend: str) -> None:
+    """Do what :func:`.look.look` found possible."""
+    for one in found:
+        for module, ahead, attributes in one.swaps:
+            if ahead is dbrx.AcceleratedDbrx and original_of(module) is None:
+                dbrx.stack(module)
+            unswap(module)
+            swap(module, ahead, backend, one.verdict.originals, **attributes)
 
 
-def _dbrx(block: Any, backend: str, dtype: mx.Dtype) -> Verdict:
-    if original_of(block) is not None:
-        return look_at_block(dbrx.ROW, block, backend, dtype)
-    reason = why_changed([*dbrx.ROW.sources, "dbrx.MLP.__call__"])
-    if reason is None and any(why_unlike(expert, dbrx.EXPERT) is not None for expert in block.experts):
-        reason = "its experts are not mlx-lm's dbrx.MLP"
-    if reason is None:
-        reason = dbrx.why_not_stack(block)
-    if reason is not None:
-        return Verdict(reason)
-    return look_at_block(dbrx.ROW, dbrx.stacked_form(block), backend, dtype)
+def _to_originals(model: mlx.nn.Module) -> None:
+    """Undo all but DBRX's stacking, which is kept: it is the same either way."""
+    for _, module in in_order(model):
+        if not isinstance(module, dbrx.AcceleratedDbrx):
+            unswap(module)
 
 
-def _swap_dense(model: mlx.nn.Module, backend: str) -> list[Entry]:
-    found = []
-    for path, module in _in_order(model):
-        ahead = dense_class(module) or attention_class(module)
-        if ahead is not None:
-            kind = type(module).__name__
-            swap(module, ahead, backend)
-            phases = dict.fromkeys(("decode", "band", "prefill"), "native")
-            found.append(Entry(path=path, kind=kind, what="dense", backends=phases))
-    return found
-
-
-def activation_dtype(model: mlx.nn.Module) -> mx.Dtype:
-    """That of the embedding's rows, or else of the first floating-point parameter."""
-    for _, module in _in_order(model):
-        if isinstance(module, mlx.nn.QuantizedEmbedding):
-            scales = module.scales
-            return scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16
-        if isinstance(module, mlx.nn.Embedding):
-            return module.weight.dtype
-    floats = (a.dtype for a in _arrays(model) if mx.issubdtype(a.dtype, mx.floating))
-    return next(floats, mx.float32)
-
-
-def _arrays(model: mlx.nn.Module) -> list[mx.array]:
-    named: Any = tree_flatten(model.parameters())
-    return [array for _, array in named]
-
-
-def _in_order(model: mlx.nn.Module) -> list[tuple[str, Any]]:
-    """Every module with its path, outer ones first, as a reader of the model would list them."""
-
-    def key(named: tuple[str, Any]) -> list[tuple[int, str]]:
-        return [(int(word), "") if word.isdecimal() else (-1, word) for word in named[0].split(".")]
-
-    return sorted(model.named_modules(), key=key)
-
-
-def _name(module: Any) -> str:
-    """``module.Class`` of mlx-lm's models; accelerated ones by what they were."""
-    kind = original_of(module) or type(module)
-    return f"{kind.__module__.removeprefix(PACKAGE + '.')}.{kind.__qualname__}"
-
-
-def _class(kind: str) -> type:
-    """A class of ``mlx_lm.models``, if its module has been imported: else no model has it."""
-    import sys
-
-    module, _, name = kind.partition(".")
-    found = getattr(sys.modules.get(f"{PACKAGE}.{module}"), name, None)
-    return found if isinstance(found, type) else type(None)
+def _entry(found: Found) -> Entry:
+    verdict = found.verdict
+    if verdict.reason is not None:
+        return Entry(path=found.path, kind=found.kind, what="original", reason=verdict.reason)
+    return Entry(
+        path=found.path,
+        kind=found.kind,
+        what=found.what,
+        backends=verdict.backends,
+        reason=verdict.remark,
+    )

@@ -16,7 +16,7 @@ class Entry:
         path: its name in the model, ``model.layers.3.mlp``.
         kind: name of its class.
         what: ``block`` (router, experts and shared expert), ``router``, ``experts`` (the router is the
-            original's), ``dense``, or ``original``: left alone.
+            original's), ``dense``, ``own`` (moefast's own layer), or ``original``: left alone.
         backends: phase (``decode``, ``band``, ``prefill``) -> name of the backend; empty for ``original``.
         reason: why it was left alone, or why no more of it is accelerated.
     """
@@ -107,6 +107,7 @@ _WORDS = {
     "router": "routers",
     "experts": "expert stacks",
     "dense": "other layers",
+    "own": "moefast's own",
     "original": "left alone",
 }
 
@@ -114,6 +115,8 @@ _WORDS = {
 def _where(entry: Entry) -> str:
     if entry.what == "original":
         return f"{entry.kind}: original ({entry.reason})"
+    if entry.what == "own":
+        return f"{entry.kind}: moefast's own"
     names = set(entry.backends.values())
     where = names.pop() if len(names) == 1 else ", ".join(f"{p} {b}" for p, b in entry.backends.items())
     but = "" if entry.reason is None else f" ({entry.reason})"

@@ -32,7 +32,8 @@ GLU, MLP = ("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2")
 
 def activation_of(module: Any) -> Activation | None:
     """What stands between the projections, or None for an activation that no kernel has."""
-    row = _row(type(module))
+    kind: Any = type(module)
+    row = _row(kind)
     if row is None:
         return None
     name, attributes = row

@@ -12,19 +12,37 @@ from typing import Any
 
 import mlx.nn
 
-_STATE = ("_moefast_backend", "_moefast_recall", "_recall", "_recall_rows", "_recall_products")
+from ..registry import phase_of
+
+_STATE = (
+    "_moefast_backend",
+    "_moefast_originals",
+    "_moefast_recall",
+    "_recall",
+    "_recall_rows",
+    "_recall_products",
+)
 
 
-def swap(module: mlx.nn.Module, ahead: type, backend: str, **attributes: Any) -> None:
+def swap(
+    module: mlx.nn.Module,
+    ahead: type,
+    backend: str,
+    originals: frozenset[str] = frozenset(),
+    **attributes: Any,
+) -> None:
     """Put ``ahead`` before the class of ``module``.
 
     Args:
         module: becomes an instance of a class derived from ``ahead`` and its own.
         ahead: overrides what is to be another.
         backend: its ``_moefast_backend``.
+        originals: phases in which the original goes on running.
         attributes: of the new class; hashable.
     """
     module.__dict__["_moefast_backend"] = backend
+    if originals:
+        module.__dict__["_moefast_originals"] = originals
     module.__class__ = _derived(ahead, type(module), tuple(attributes.items()))
 
 
@@ -43,6 +61,16 @@ def unswap(module: mlx.nn.Module) -> bool:
     for name in _STATE:
         module.__dict__.pop(name, None)
     return True
+
+
+def runs_original(module: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a swapped module runs its original on an input of this shape: in training, and in the phases
+    that were said to be."""
+    own = module.__dict__
+    if own["_training"]:
+        return True
+    originals = own.get("_moefast_originals")
+    return originals is not None and phase_of(shape) in originals
 
 
 @cache
