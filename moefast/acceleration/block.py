@@ -19,6 +19,7 @@ from ..backends.reference.experts import combine, identity_share
 from ..families import Block
 from ..nn.recall import Recall
 from ..ops.moe import choose
+from ..registry import log
 from ..routing import Routing
 from ..specs import RouterSpec
 from ..weights import ExpertWeights, SharedExpert, dtype_name
@@ -30,8 +31,8 @@ from .swap import runs_original
 
 
 class AcceleratedBlock:
-    """Goes before the block's own class in a class's bases. In training the original runs, and in phases in
-    which it was found to be faster."""
+    """Goes before the block's own class in a class's bases. In training the original runs, in phases in which
+    it was found to be faster, and on input that the operations refuse, unless the backend was named."""
 
     _moefast_row: ClassVar[Block]
     _moefast_backend: str
@@ -46,9 +47,13 @@ class AcceleratedBlock:
         group = self.__dict__.get("sharding_group")
         if runs_original(self, x.shape) or (group is not None and row.whole_when_sharded):
             return super().__call__(x)  # type: ignore[misc,no-any-return]
-        if group is not None:
-            x = sum_gradients(group)(x)
-        y = forward(self, row, self._moefast_backend, x)
+        try:
+            y = forward(self, row, self._moefast_backend, x if group is None else sum_gradients(group)(x))
+        except ValueError as error:  # from the description of the call, before anything runs
+            if self._moefast_backend != "auto":
+                raise
+            log.info("%s: the original, %s", row.name, error)
+            return super().__call__(x)  # type: ignore[misc,no-any-return]
         if group is not None:
             y = mx.distributed.all_sum(y, group=group)
         return y.astype(x.dtype) if row.sum_float32 else y
