@@ -92,6 +92,14 @@ class Block:
         calls = [f"{kind}.__call__" for kind in (self.name, self.router) if kind is not None]
         return tuple(f"{self.module}.{name}" for name in (*calls, *self.code))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _row, (self.module, self.name)
+
+
+def _row(module: str, name: str) -> Block:
+    """A row by its class, for what has been pickled or copied: rows are compared by identity."""
+    return next(row for row in BLOCKS if (row.module, row.name) == (module, name))
+
 
 _SIGMOID = {"score": "sigmoid", "score_dtype": "float32"}
 _FLOAT32_SOFTMAX = {"score": "softmax", "score_dtype": "float32"}

@@ -75,7 +75,8 @@ def _ahead(forward: FunctionType, theirs: Callable[..., mx.array]) -> type:
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
         return (forward if self.training else accelerated)(self, *arguments, **options)
 
-    return type("AcceleratedAttention", (), {"__call__": call})
+    members = {"__call__": call, "_moefast_made_by": (_ahead, (forward, theirs))}
+    return type("AcceleratedAttention", (), members)
 
 
 def _takes(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> bool:

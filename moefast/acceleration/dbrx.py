@@ -46,6 +46,11 @@ class AcceleratedDbrx(AcceleratedBlock):
         return forward(self, ROW, "reference" if self.training else self._moefast_backend, x)
 
 
+def is_stacked(module: Any) -> bool:
+    """Whether this is a block of DBRX after :func:`stack`."""
+    return isinstance(module, AcceleratedDbrx)
+
+
 def why_not_stack(block: Any) -> str | None:
     """Why the experts cannot be stacked, or None: they must be plain layers, all alike."""
     for mine in _NAMES:
@@ -115,6 +120,15 @@ def stack(block: Any) -> None:
     block.__dict__["_moefast_experts"] = len(block.experts), type(block.experts[0])
     block.experts = []
     block.switch_mlp = stacks
+
+
+def why_not_unstack(block: Any) -> str | None:
+    """Why :func:`unstack` is impossible, or None: an adapter of a stack has no place in a list."""
+    for name in _NAMES.values():
+        layer = block.switch_mlp[name]
+        if projection_of(layer) is None:
+            return f"{name} is a {type(layer).__name__}"
+    return None
 
 
 def unstack(block: Any) -> None:

@@ -63,10 +63,12 @@ def look(model: mlx.nn.Module, backend: str, dtype: mx.Dtype) -> Iterator[Found]
         found = _look_at(path, module, backend, dtype)
         if found is None:
             continue
-        if isinstance(module, MoE):
+        if found.verdict.reason is not None:  # its parts may be accelerated on their own
+            found = found._replace(swaps=())
+        elif found.what == "own" or dbrx.is_stacked(module):
             seen.update(id(child) for _, child in in_order(module))
         seen.update(id(swap.module) for swap in found.swaps)
-        yield found if found.verdict.reason is None else found._replace(swaps=())
+        yield found
 
 
 def look_beside(model: mlx.nn.Module, backend: str, dtype: mx.Dtype) -> Iterator[Found]:
@@ -119,7 +121,7 @@ def _look_at(path: str, module: Any, backend: str, dtype: mx.Dtype) -> Found | N
 
 
 def _look_at_dbrx(block: Any, backend: str, dtype: mx.Dtype) -> Verdict:
-    if original_of(block) is not None:  # stacked
+    if dbrx.is_stacked(block):
         return look_at_block(dbrx.ROW, block, backend, dtype)
     reason = why_changed([*dbrx.ROW.sources, "dbrx.MLP.__call__"])
     if reason is None and any(why_unlike(expert, dbrx.EXPERT) is not None for expert in block.experts):

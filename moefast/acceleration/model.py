@@ -15,7 +15,7 @@ from ..registry import device_name
 from . import dbrx
 from .look import Found, activation_dtype, arrays_of, in_order, look, look_beside
 from .report import Entry, Report
-from .swap import original_of, swap, unswap
+from .swap import swap, unswap
 
 
 def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | None = None) -> Report:
@@ -76,10 +76,17 @@ def restore(model: mlx.nn.Module) -> int:
 
     Returns:
         How many modules were changed back.
+
+    Raises:
+        ValueError: experts of DBRX have been adapted while they were stacked. Nothing is undone.
     """
+    for path, module in in_order(model):
+        reason = dbrx.why_not_unstack(module) if dbrx.is_stacked(module) else None
+        if reason is not None:
+            refuse("restore", f"the stacks of {path} must be plain layers again", reason)
     changed = 0
     for _, module in in_order(model):
-        stacked = isinstance(module, dbrx.AcceleratedDbrx)
+        stacked = dbrx.is_stacked(module)
         changed += unswap(module)
         if stacked:
             dbrx.unstack(module)
@@ -100,8 +107,10 @@ def accelerated(
 def apply(found: list[Found], backend: str) -> None:
     """Do what :func:`.look.look` found possible."""
     for one in found:
+        if dbrx.is_stacked(one.module) and not one.swaps:  # stacked by an earlier call
+            restore(one.module)
         for module, ahead, attributes in one.swaps:
-            if ahead is dbrx.AcceleratedDbrx and original_of(module) is None:
+            if ahead is dbrx.AcceleratedDbrx and not dbrx.is_stacked(module):
                 dbrx.stack(module)
             unswap(module)
             swap(module, ahead, backend, one.verdict.originals, **attributes)
@@ -110,7 +119,7 @@ def apply(found: list[Found], backend: str) -> None:
 def _to_originals(model: mlx.nn.Module) -> None:
     """Undo all but DBRX's stacking, which is kept: it is the same either way."""
     for _, module in in_order(model):
-        if not isinstance(module, dbrx.AcceleratedDbrx):
+        if not dbrx.is_stacked(module):
             unswap(module)
 
 

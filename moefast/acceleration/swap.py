@@ -81,5 +81,22 @@ def _derived(ahead: type, kind: type, attributes: tuple[tuple[str, Any], ...]) -
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        "__reduce_ex__": _reduce,
+        "_moefast_made": (ahead.__dict__.get("_moefast_made_by", ahead), kind, attributes),
     }
     return type(kind.__name__, (ahead, kind), {**dict(attributes), **members})
+
+
+def _reduce(module: Any, protocol: int) -> tuple[Any, ...]:
+    """For pickle and copy: a module like any other, but for its class, which is no module's attribute."""
+    made: Any = object.__reduce_ex__(module, max(protocol, 2))
+    return _bare, type(module)._moefast_made, *made[2:]
+
+
+def _bare(ahead: Any, kind: type, attributes: tuple[tuple[str, Any], ...]) -> Any:
+    """A module of a derived class, before its state; ``ahead`` may be a function and arguments for it."""
+    if isinstance(ahead, tuple):
+        make, arguments = ahead
+        ahead = make(*arguments)
+    derived: Any = _derived(ahead, kind, attributes)
+    return derived.__new__(derived)
