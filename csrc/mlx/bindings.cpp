@@ -243,6 +243,10 @@ NB_MODULE(_native, m) {
         "position_scale"_a, "freqs"_a.none(), "scale"_a, "causal"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
+  m.def("add_rms_norm", &add_rms_norm, "x"_a, "branch"_a, "weight"_a.none(), "eps"_a,
+        "multiplier"_a);
+  m.def("add_layer_norm", &add_layer_norm, "x"_a, "branch"_a, "weight"_a.none(), "bias"_a.none(),
+        "eps"_a, "multiplier"_a);
   m.def("rope", &rope, "x"_a, "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a, "offset"_a,
         "freqs"_a.none());
   m.def("embed", &embed, "indices"_a, "weight"_a, "scales"_a, "biases"_a.none(),
