@@ -37,8 +37,9 @@ $(STAMP): pyproject.toml CMakeLists.txt $(BUILT_FROM)
 
 # A process for each usable core (one: ARGS="-n 0"). Not in pyproject.toml: `pytest tests/test_x.py` is one process.
 # Tests next to each other mostly keep to one process, which builds what their module shares. No --dist loadgroup:
-# under pytest 9.2, pytest-xdist 3.8 takes no notice of its marks.
-PARALLEL := -n logical --dist worksteal
+# under pytest 9.2, pytest-xdist 3.8 takes no notice of its marks. The limit of a test is far above those of the programs
+# that tests start: one that strikes while pytest writes the report of a failure is an internal error, which ends the run.
+PARALLEL := -n logical --dist worksteal --timeout 300
 
 test: $(STAMP)  ## run the test suite without the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
