@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 import mlx_lm.models
 import numpy as np
 import pytest
+from families_table import PAGE, page
 from marks import needs_native
 from metal import emulated, needs_emulator
 from mlx_lm.models.cache import make_prompt_cache
@@ -208,3 +210,10 @@ def test_every_family_is_here() -> None:
     }
     here = {tiny.module for tiny in MODELS}
     assert found | wrappers == here | {"prism_hadamard_qwen35"}  # its packs are of dense models
+
+
+def test_the_page_of_families_is_up_to_date() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    if f"mlx-lm {mlx_lm.__version__};" not in text:
+        pytest.skip(f"docs/families.md is not of mlx-lm {mlx_lm.__version__}")
+    assert text == page(METAL), "python tests/families_table.py"
