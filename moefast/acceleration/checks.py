@@ -34,7 +34,8 @@ _ADAPTED = ("mlx_lm.tuner.lora", "LoRASwitchLinear")
 class Verdict(NamedTuple):
     """Why not (then nothing else counts), or the backend of each phase, and what to say of it.
 
-    ``problems``: what the module would ask a backend in each phase; ``hidden``: width of its input.
+    ``problems``: what the module would ask a backend in each phase; ``hidden``: width of its input;
+    ``tuned``: the reason is that the original is faster.
     """
 
     reason: str | None = None
@@ -42,6 +43,7 @@ class Verdict(NamedTuple):
     remark: str | None = None
     problems: dict[str, Problem] = {}  # noqa: RUF012 (never written to)
     hidden: int = 0
+    tuned: bool = False
 
     @property
     def originals(self) -> frozenset[str]:
@@ -228,7 +230,7 @@ def _ask(problems: dict[str, Problem], backend: str) -> Verdict:
         takers[phase] = taker.name
         refused |= reasons
     if set(takers.values()) == {tuning.ORIGINAL}:
-        return Verdict("moefast tune found the original faster", problems=problems)
+        return Verdict("moefast tune found the original faster", problems=problems, tuned=True)
     if wanted == "auto" and set(takers.values()) == {"reference"}:
         return Verdict("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
     return Verdict(None, takers, problems=problems)

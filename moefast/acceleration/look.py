@@ -63,6 +63,8 @@ def look(model: mlx.nn.Module, backend: str, dtype: mx.Dtype) -> Iterator[Found]
         found = _look_at(path, module, backend, dtype)
         if found is None:
             continue
+        if found.verdict.tuned:  # its parts are what was measured
+            seen.update(id(swap.module) for swap in found.swaps)
         if found.verdict.reason is not None:  # its parts may be accelerated on their own
             found = found._replace(swaps=())
         elif found.what == "own" or dbrx.is_stacked(module):
