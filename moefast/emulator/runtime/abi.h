@@ -81,4 +81,5 @@ struct Outcome {
 
 }  // namespace emulator
 
-#define MSL_EXPORT extern "C" __attribute__((visibility("default")))
+// Used: in the program of check mode nothing else calls what kernels call.
+#define MSL_EXPORT extern "C" __attribute__((visibility("default"), used))
