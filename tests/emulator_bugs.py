@@ -186,7 +186,7 @@ BUGS = {
         f"threadgroup float s[128];\nif (t < 32) *(threadgroup float4*)(s + 4 * t) = float4(1);\n"
         f"else s[(t - 32) * 4 + 3] = 2;\n{BARRIER} out[i] = s[t];",
         f"threadgroup float s[132];\nif (t < 32) *(threadgroup float4*)(s + 4 * t) = float4(1);\n"
-        f"else s[128 + t % 4] = 2;\n{BARRIER} out[i] = s[t];",
+        f"else if (t < 36) s[96 + t] = 2;\n{BARRIER} out[i] = s[t];",
         "(t - 32) * 4 + 3",
     ),
     "simd operation is no barrier": Bug(

@@ -251,6 +251,26 @@ UNUSUAL = {
         "half2(1)",
         buffer="scratch",
     ),
+    "parts of vectors": Bug(
+        "threadgroup-race",
+        f"threadgroup float4 s[32];\ns[t / 4].yz = float2(x[i]);\n{BARRIER}\nout[i] = s[t / 4].y;",
+        f"threadgroup float4 s[64];\ns[t].yz = float2(x[i]);\n{BARRIER}\nout[i] = s[t ^ 1].y;",
+        "s[t / 4].yz",
+    ),
+    "part of a vector that nobody wrote": Bug(
+        "threadgroup-uninitialised",
+        f"threadgroup float4 s[64];\ns[t].x = x[i];\n{BARRIER}\nout[i] = s[t ^ 1].y;",
+        f"threadgroup float4 s[64];\ns[t].x = x[i];\n{BARRIER}\nout[i] = s[t ^ 1].x;",
+        "s[t ^ 1].y",
+    ),
+    "two parts of a vector, each by a thread": Bug(
+        # The compiler writes all of the vector for either: one of them may be lost.
+        "threadgroup-race",
+        "threadgroup float4 s[32];\nif (t % 2 == 0) s[t / 2].xy = float2(x[i]);\nelse\n"
+        f"  s[t / 2].zw = float2(1);\n{BARRIER}\nout[i] = s[t / 2].x;",
+        f"threadgroup float2 s[64];\ns[t] = float2(x[i]);\n{BARRIER}\nout[i] = s[t].x;",
+        ".zw = float2(1)",
+    ),
     "all write all, each something else": Bug(
         "device-race",
         "for (uint k = 0; k < 64; k++) scratch[k] = t;\nout[i] = 0;",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from .inlining import refuse_shared_meetings
 from .ir import Module, Site, closing_bracket, leading_type, named_types, split_top, store_bytes
+from .lanes import Lanes, partial_lanes
 from .rounds import DECLARATION, count_rounds
 
 _SPACES = {1: "device", 2: "constant", 3: "threadgroup", 4: "generic"}
@@ -49,6 +50,7 @@ class _Instrumenter:
         self.numbers: dict[str | None, int] = {}
         self.temporaries = 0
         self.declared: set[str] = set()
+        self.lanes: dict[int, Lanes] = {}  # by line
         self.held: list[str] = []  # of the present function: what goes to its start
         self.out: list[str] = []
 
@@ -60,6 +62,7 @@ class _Instrumenter:
         refuse_shared_meetings(self.module)
         for body in checked:
             before.update(count_rounds(self.module, body).before)
+            self.lanes.update(partial_lanes(self.module, body))
         if before:
             self.declared.add(DECLARATION)
         location: str | None = None
@@ -77,7 +80,7 @@ class _Instrumenter:
                 continue
             # An instruction the optimiser left without a place gets that of the one before it.
             location = self.module.location(i) or location
-            self.out.append(self._instruction(line, location))
+            self.out.append(self._instruction(line, location, self.lanes.get(i)))
         return Instrumented("\n".join([*self.out, *self._declarations(), *self._constants()]), self.sites)
 
     def _site(self, location: str | None) -> int:
@@ -86,7 +89,7 @@ class _Instrumenter:
             self.sites.append(self.module.site(location))
         return self.numbers[location]
 
-    def _instruction(self, line: str, location: str | None) -> str:
+    def _instruction(self, line: str, location: str | None, lanes: Lanes | None) -> str:
         if "addrspace(" in line:
             load = _LOAD.match(line)
             if found := load or _STORE.match(line):
@@ -99,7 +102,7 @@ class _Instrumenter:
                 size = store_bytes(leading_type(value), self.types)
                 after = ", ".join([pointer[2], *rest])
                 stored = value if kind == "store" else ""
-                return self._access(line, kind, size, int(pointer[1]), after, location, stored)
+                return self._access(line, kind, size, int(pointer[1]), after, location, stored, lanes)
             if found := _UPDATE.match(line):
                 operands = split_top(found[2])
                 size = store_bytes(leading_type(operands[1]), self.types)
@@ -115,7 +118,15 @@ class _Instrumenter:
         return line
 
     def _access(
-        self, line: str, kind: str, size: int, space: int, rest: str, location: str | None, value: str = ""
+        self,
+        line: str,
+        kind: str,
+        size: int,
+        space: int,
+        rest: str,
+        location: str | None,
+        value: str = "",
+        lanes: Lanes | None = None,
     ) -> str:
         operand = _ORDER.sub("", split_top(rest)[0])
         if space == 0 or space not in _SPACES or (space == 2 and operand.startswith(("@", "getelementptr"))):
@@ -125,8 +136,12 @@ class _Instrumenter:
         function = f"msl_check_{_SPACES[space]}_{kind}"
         arguments = f"ptr addrspace({space}) {operand}"
         first = ""
-        bits = self._bits(value, size) if value else None
-        if size in _DIRECT and (bits or not value):
+        bits = self._bits(value, size) if value and not lanes else None
+        if lanes and not value:
+            function += "_lanes"
+            arguments += f", i64 {size}, i32 {lanes.bytes}, i32 {lanes.mask}"
+            self._declare(function, space, "i64, i32, i32, i32, i32")
+        elif size in _DIRECT and (bits or not value):
             function += f"_{size}"
             self._declare(function, space, f"i{8 * size}, i32, i32" if bits else "i32, i32")
             if bits:
@@ -137,9 +152,14 @@ class _Instrumenter:
             held = self._temporary()
             self.held.append(f"  {held} = alloca {leading_type(value)}, align 16")
             first = f"  store {value.strip()}, ptr {held}, align 16\n"
-            function = function.replace("_store", "_copy_n")
             arguments += f", ptr {held}, i64 {size}"
-            self._declare(function, space, "ptr, i64, i32, i32")
+            if lanes:
+                function += "_lanes"
+                arguments += f", i32 {lanes.bytes}, i32 {lanes.mask}"
+                self._declare(function, space, "ptr, i64, i32, i32, i32, i32")
+            else:
+                function = function.replace("_store", "_copy_n")
+                self._declare(function, space, "ptr, i64, i32, i32")
         else:
             function += "_n"
             arguments += f", i64 {size}"

@@ -281,6 +281,22 @@ MSL_EXPORT void msl_check_round(uint64_t round) {
     check.filled = -1;                                                             \
     return checked;                                                                \
   }
+#define CHECK_LANES(space, Space)                                                              \
+  MSL_EXPORT void* msl_check_##space##_load_lanes(                                             \
+      void* p, uint64_t n, uint32_t bytes, uint32_t used, uint32_t alignment, uint32_t site) { \
+    check.lane_bytes = bytes, check.unused = ~used;                                            \
+    void* checked = check.access(Space, p, n, alignment, site, kRead);                         \
+    check.lane_bytes = check.unused = 0;                                                       \
+    return checked;                                                                            \
+  }                                                                                            \
+  MSL_EXPORT void* msl_check_##space##_store_lanes(void* p, const void* from, uint64_t n,      \
+                                                   uint32_t bytes, uint32_t written_back,      \
+                                                   uint32_t alignment, uint32_t site) {        \
+    check.lane_bytes = bytes, check.written_back = written_back, check.stored = from;          \
+    void* checked = check.access(Space, p, n, alignment, site, kWrite);                        \
+    check.lane_bytes = check.written_back = 0, check.stored = nullptr;                         \
+    return checked;                                                                            \
+  }
 #define CHECK_KIND(space, Space, kind, Kind) \
   CHECK_SIZE(space, Space, kind, Kind, 1)    \
   CHECK_SIZE(space, Space, kind, Kind, 2)    \
@@ -295,6 +311,7 @@ MSL_EXPORT void msl_check_round(uint64_t round) {
   CHECK_STORE(space, Space, 4, uint32_t)             \
   CHECK_STORE(space, Space, 8, uint64_t)             \
   CHECK_STORE(space, Space, 16, unsigned __int128)   \
+  CHECK_LANES(space, Space)                          \
   CHECK_FILL(space, Space)                           \
   CHECK_COPY(space, Space)                           \
   CHECK_KIND(space, Space, atomic, kUpdate)          \

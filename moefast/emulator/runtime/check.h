@@ -103,7 +103,10 @@ struct Check : Listener {
   Finding findings[256];
   uint32_t finding_count;
   const void* stored;  // by the present write, if that is known
-  int32_t filled;      // with which byte the present write fills memory; -1: it does not
+  // Lanes of the present access of a vector, whose bytes are `lane_bytes` each, or 0: those that
+  // are not read, or that are written back as they were.
+  uint32_t lane_bytes, unused, written_back;
+  int32_t filled;  // with which byte the present write fills memory; -1: it does not
 
   bool open(uint32_t buffer_count);
   uint8_t* place(uint32_t slot) const { return arena + slot * kSlotBytes + kSlotBytes / 2; }

@@ -70,11 +70,17 @@ void Check::follow(Shadow* shadow,
   uint64_t equal_at = bytes;
   for (uint64_t i = 0; i < bytes; i++) {
     Shadow& s = shadow[i];
+    uint32_t lane = lane_bytes ? 1u << i / lane_bytes : 0;
+    if (unused & lane)
+      continue;
     // Threadgroup memory starts anew with each threadgroup: what was there is gone.
     if (memory && s.write_time < group_start)
       s.write_time = 0, s.write_flags = 0;
     if (memory && s.read_time < group_start)
       s.read_time = 0, s.read_flags = 0;
+    // What nobody had written is not written by being carried along.
+    if (written_back & lane && must_be_written && !s.write_time)
+      continue;
     if (!writes_only(access) && must_be_written && !s.write_time && !missing) {
       missing = true;
       Finding& f = report(memory ? kThreadgroupUninitialised : kDeviceUninitialised, site, &me);
@@ -84,7 +90,7 @@ void Check::follow(Shadow* shadow,
     // Whichever of two writes of the same value comes last, the result is that value: a race of a
     // kind of its own, if that holds for all of the access.
     int32_t byte = stored ? ((const uint8_t*)stored)[i] : filled;
-    bool same = access == kWrite && byte == p[i];
+    bool same = access == kWrite && byte == p[i] && !(written_back & lane);
     bool both_atomic = is_atomic(access) && s.write_flags & kAtomic;
     if (!raced && !both_atomic && unordered(at, s.write_time, s.write_thread, s.write_flags)) {
       if (!same) {
