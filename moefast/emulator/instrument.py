@@ -11,7 +11,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from .inlining import refuse_shared_meetings
 from .ir import Module, Site, closing_bracket, leading_type, named_types, split_top, store_bytes
+from .lanes import Lanes, partial_lanes
+from .rounds import DECLARATION, count_rounds
 
 _SPACES = {1: "device", 2: "constant", 3: "threadgroup", 4: "generic"}
 _LOAD = re.compile(r"^\s*%[\w.]+ = load (atomic )?(?:volatile )?(.+)$")
@@ -27,6 +30,7 @@ _RUNTIME = re.compile(
 )
 _ALIGN = re.compile(r", align (\d+)")
 _ORDER = re.compile(r'( syncscope\("[^"]*"\))? (unordered|monotonic|acquire|release|acq_rel|seq_cst)$')
+_LABEL = re.compile(r'^([\w.$-]+|"[^"]+"):')
 _DIRECT = {1, 2, 4, 8, 16}
 
 
@@ -46,21 +50,37 @@ class _Instrumenter:
         self.numbers: dict[str | None, int] = {}
         self.temporaries = 0
         self.declared: set[str] = set()
+        self.lanes: dict[int, Lanes] = {}  # by line
+        self.held: list[str] = []  # of the present function: what goes to its start
         self.out: list[str] = []
 
     def run(self) -> Instrumented:
         # Constructors of globals run when the library is loaded, before there is anything to check.
         checked = [body for body in self.module.bodies if not body.name.startswith("_GLOBAL__sub_I")]
         inside = {i for body in checked for i in range(body.first + 1, body.last)}
+        before: dict[int, list[str]] = {}
+        refuse_shared_meetings(self.module)
+        for body in checked:
+            before.update(count_rounds(self.module, body).before)
+            self.lanes.update(partial_lanes(self.module, body))
+        if before:
+            self.declared.add(DECLARATION)
         location: str | None = None
+        start = 0
         for i, line in enumerate(self.module.lines):
+            self.out += before.get(i, [])
             if i not in inside:
                 location = None
+                if self.held:
+                    start += bool(_LABEL.match(self.out[start]))
+                    self.out[start:start] = self.held
+                    self.held.clear()
+                start = len(self.out) + 1
                 self.out.append(line)
                 continue
             # An instruction the optimiser left without a place gets that of the one before it.
             location = self.module.location(i) or location
-            self.out.append(self._instruction(line, location))
+            self.out.append(self._instruction(line, location, self.lanes.get(i)))
         return Instrumented("\n".join([*self.out, *self._declarations(), *self._constants()]), self.sites)
 
     def _site(self, location: str | None) -> int:
@@ -69,7 +89,7 @@ class _Instrumenter:
             self.sites.append(self.module.site(location))
         return self.numbers[location]
 
-    def _instruction(self, line: str, location: str | None) -> str:
+    def _instruction(self, line: str, location: str | None, lanes: Lanes | None) -> str:
         if "addrspace(" in line:
             load = _LOAD.match(line)
             if found := load or _STORE.match(line):
@@ -82,7 +102,7 @@ class _Instrumenter:
                 size = store_bytes(leading_type(value), self.types)
                 after = ", ".join([pointer[2], *rest])
                 stored = value if kind == "store" else ""
-                return self._access(line, kind, size, int(pointer[1]), after, location, stored)
+                return self._access(line, kind, size, int(pointer[1]), after, location, stored, lanes)
             if found := _UPDATE.match(line):
                 operands = split_top(found[2])
                 size = store_bytes(leading_type(operands[1]), self.types)
@@ -98,7 +118,15 @@ class _Instrumenter:
         return line
 
     def _access(
-        self, line: str, kind: str, size: int, space: int, rest: str, location: str | None, value: str = ""
+        self,
+        line: str,
+        kind: str,
+        size: int,
+        space: int,
+        rest: str,
+        location: str | None,
+        value: str = "",
+        lanes: Lanes | None = None,
     ) -> str:
         operand = _ORDER.sub("", split_top(rest)[0])
         if space == 0 or space not in _SPACES or (space == 2 and operand.startswith(("@", "getelementptr"))):
@@ -108,13 +136,30 @@ class _Instrumenter:
         function = f"msl_check_{_SPACES[space]}_{kind}"
         arguments = f"ptr addrspace({space}) {operand}"
         first = ""
-        bits = self._bits(value, size) if value else None
-        if size in _DIRECT and (bits or not value):
+        bits = self._bits(value, size) if value and not lanes else None
+        if lanes and not value:
+            function += "_lanes"
+            arguments += f", i64 {size}, i32 {lanes.bytes}, i32 {lanes.mask}"
+            self._declare(function, space, "i64, i32, i32, i32, i32")
+        elif size in _DIRECT and (bits or not value):
             function += f"_{size}"
             self._declare(function, space, f"i{8 * size}, i32, i32" if bits else "i32, i32")
             if bits:
                 first, operand_bits = bits
                 arguments += f", i{8 * size} {operand_bits}"
+        elif value:
+            # Compared where it lies: a store needs no type for that.
+            held = self._temporary()
+            self.held.append(f"  {held} = alloca {leading_type(value)}, align 16")
+            first = f"  store {value.strip()}, ptr {held}, align 16\n"
+            arguments += f", ptr {held}, i64 {size}"
+            if lanes:
+                function += "_lanes"
+                arguments += f", i32 {lanes.bytes}, i32 {lanes.mask}"
+                self._declare(function, space, "ptr, i64, i32, i32, i32, i32")
+            else:
+                function = function.replace("_store", "_copy_n")
+                self._declare(function, space, "ptr, i64, i32, i32")
         else:
             function += "_n"
             arguments += f", i64 {size}"
@@ -170,12 +215,15 @@ class _Instrumenter:
             else:
                 wide = size
             operand = _last_operand(parts[position])
-            source = ""
+            source, taken = "", ""
             if kind == "store" and len(pointers) == 2:
                 # What is copied comes along, as the value of a store does.
-                function = function.replace("_store_n", "_copy_n")
+                function, taken = function.replace("_store_n", "_copy_n"), "ptr, "
                 source = self._generic(parts[1], calls)
-            self._declare(function, space, "ptr, i64, i32, i32" if source else "i64, i32, i32")
+            elif kind == "store":
+                function, taken = function.replace("_store_n", "_fill_n"), "i8, "
+                source = f"i8 {parts[1].split()[-1]}, "
+            self._declare(function, space, f"{taken}i64, i32, i32")
             calls.append(
                 f"  {checked} = call ptr addrspace({space}) @{function}("
                 f"ptr addrspace({space}) {operand}, {source}i64 {wide}, "

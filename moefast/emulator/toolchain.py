@@ -90,8 +90,9 @@ def _system_clang(program: str, features: tuple[str, ...]) -> Toolchain:
     if not found or int(found[1]) < _OLDEST:
         first_line = version.partition("\n")[0]
         raise ToolchainError(f"[emulator] MOEFAST_CLANG must be a clang >= {_OLDEST}, got {first_line!r}.")
-    lookup = () if sys.platform == "linux" else ("-undefined", "dynamic_lookup")
-    link = (program, "-shared", "-nostdlib", *lookup)
+    # macOS's linker insists on the system's library.
+    rest = ("-nostdlib",) if sys.platform == "linux" else ("-undefined", "dynamic_lookup")
+    link = (program, "-shared", *rest)
     return Toolchain((program,), (program, *features), link, features, program + version)
 
 
