@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -59,6 +60,19 @@ def activation_of(module: Any) -> Activation | None:
 @cache
 def _row(kind: Any) -> tuple[str, dict[str, str]] | None:
     return _ACTIVATIONS.get(f"{kind.__module__.removeprefix(PACKAGE + '.')}.{kind.__qualname__}")
+
+
+def activation_facts(module: Any) -> Hashable:
+    """Equal for activations that compute the same: all that one without parameters has is its class."""
+    kind: Any = type(module)
+    row = _row(kind)
+    return kind if row is None or not row[1] else activation_of(module)
+
+
+def shared_facts(network: Any) -> Hashable:
+    """The same of a shared expert."""
+    own = network.get("activation")
+    return network.__dict__.get("limit") if own is None else activation_facts(own)
 
 
 def why_no_activation(module: Any) -> str | None:
