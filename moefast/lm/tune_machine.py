@@ -7,7 +7,6 @@ The pool of threads has a fixed size, so each number is measured in a process of
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from ..acceleration import restore
 from ..acceleration.look import activation_dtype
 from ..backends import native, registry
 from ..backends.metal import dispatch
+from ..env import environment_of_child
 from ..errors import refuse
 from .load import folder_of
 from .tune import ROUNDS, TOKENS, Kind, Stopwatch, call_of, kinds_of, stopwatch, timed
@@ -88,7 +88,7 @@ def fastest_threads(
 def _in_process(threads: int, path: str, seconds: float) -> float:
     """Another process loads the model and measures the accelerated side with so many threads."""
     command = [sys.executable, "-m", "moefast.lm.tune_machine", path, str(seconds)]
-    environment = {**os.environ, "MOEFAST_THREADS": str(threads)}
+    environment = environment_of_child(MOEFAST_THREADS=str(threads))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         refuse("tune", f"a process with MOEFAST_THREADS={threads} must measure", done.stderr.strip()[-500:])
