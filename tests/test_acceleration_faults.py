@@ -427,6 +427,27 @@ def test_nothing_is_half_applied_when_looking_fails(monkeypatch: pytest.MonkeyPa
     assert classes(model) == kinds
 
 
+def test_nothing_is_half_applied_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of DBRX's second block: the first is a list again, too."""
+    model, text = fresh("dbrx", bits=4), tokens(2, 7)
+    want, kinds, before = model(text), classes(model), parameters(model)
+    left, make = iter(range(14)), mx.stack  # 9 arrays a block
+
+    def stack(arrays: list[mx.array]) -> mx.array:
+        if next(left, None) is None:
+            raise RuntimeError("[malloc] Unable to allocate")
+        return make(arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "stack", stack)
+        with pytest.raises(RuntimeError, match="malloc"):
+            moefast.accelerate(model, backend="reference")
+    assert classes(model) == kinds
+    assert parameters(model).keys() == before.keys()
+    assert all(mx.array_equal(value, before[path]).item() for path, value in parameters(model).items())
+    assert mx.array_equal(model(text), want).item()
+
+
 def test_the_context_restores_after_an_error() -> None:
     model = fresh()
     kinds = classes(model)

@@ -94,11 +94,13 @@ def _packing(layer: Any) -> tuple[Any, ...]:
 
 
 def stack(block: Any) -> None:
-    """Make ``block.switch_mlp`` out of ``block.experts``, which is then empty."""
+    """Make ``block.switch_mlp`` out of ``block.experts``, which is then empty; or, where that fails (memory),
+    leave the block as it was."""
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
 
     stacks = _bare(SwitchGLU)
     stacks.activation = SwiGLU()
+    moved: list[tuple[list[Any], str, mx.array]] = []
     for mine, theirs in _NAMES.items():
         layers = [expert[mine] for expert in block.experts]
         is_quantized = isinstance(layers[0], mlx.nn.QuantizedLinear)
@@ -110,8 +112,15 @@ def stack(block: Any) -> None:
             if layers[0][name] is None:
                 made[name] = None
                 continue
-            made[name] = mx.stack([layer[name] for layer in layers])
-            mx.eval(made[name])
+            try:
+                made[name] = mx.stack([layer[name] for layer in layers])
+                mx.eval(made[name])
+            except BaseException:
+                for of_all, moved_name, whole in moved:
+                    for i, layer in enumerate(of_all):
+                        layer[moved_name] = whole[i]
+                raise
+            moved.append((layers, name, made[name]))
             for layer in layers:  # frees them
                 layer[name] = mx.zeros(())
         _copy_flags(layers[0], made)

@@ -55,15 +55,19 @@ def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | Non
     dtype = activation_dtype(model)
     _to_originals(model)
     found = list(look(model, backend, dtype))
-    apply(found, backend)
-    if dense is None:
-        wanted = registry.default if backend == "auto" else backend
-        native = backends()["native"] is None and device_name() == "cpu" and wanted in ("auto", "native")
-        dense = native and any(one.swaps for one in found)
-    if dense:
-        beside = [one for one in look_beside(model, backend, dtype) if one.swaps]
-        apply(beside, backend)
-        found += beside
+    try:
+        apply(found, backend)
+        if dense is None:
+            wanted = registry.default if backend == "auto" else backend
+            native = backends()["native"] is None and device_name() == "cpu" and wanted in ("auto", "native")
+            dense = native and any(one.swaps for one in found)
+        if dense:
+            beside = [one for one in look_beside(model, backend, dtype) if one.swaps]
+            apply(beside, backend)
+            found += beside
+    except BaseException:  # no memory to stack DBRX's experts, or an interrupt meanwhile
+        restore(model)
+        raise
     return Report(
         entries=tuple(_entry(one) for one in found),
         parameter_bytes=parameters,
