@@ -22,10 +22,11 @@ from ..registry import log
 from ..routing import Routing
 from ..specs import RouterSpec
 from ..weights import ExpertWeights, SharedExpert, dtype_name
+from .again import Facts, again_of, facts_of
 from .experts import STACKS, AcceleratedExperts, weights_of
 from .known import why_unlike
-from .routing import part, router_logits, router_spec, said_by, selection_bias
-from .stacks import activation_facts, shared_activation, shared_expert, shared_facts
+from .routing import part, router_logits, router_spec, selection_bias
+from .stacks import shared_activation, shared_expert
 from .swap import runs_original
 
 
@@ -43,6 +44,9 @@ class AcceleratedBlock:
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., hidden]`` -> ``[..., hidden]``."""
         row = self._moefast_row
+        again = again_of(row)(self, x)
+        if again is not None:
+            return again
         group = self.__dict__.get("sharding_group")
         if runs_original(self, x.shape) or (group is not None and row.whole_when_sharded):
             return super().__call__(x)  # type: ignore[misc,no-any-return]
@@ -66,14 +70,9 @@ def forward(block: Any, row: Block, backend: str, x: mx.array) -> mx.array:
     shared = None if row.shared is None else block.get(row.shared)
     gate = None if row.shared_gate is None else block[row.shared_gate]
     plain = is_plain(row, block)
-    facts: tuple[Any, ...] = ()
+    facts: Facts = ()
     if plain:
-        facts = (
-            backend,
-            said_by(row, block),
-            activation_facts(experts.activation),
-            None if shared is None else shared_facts(shared),
-        )
+        facts = facts_of(row)(block, experts, shared)
         y = recalled(block, x, logits, bias, experts, shared, gate, facts)
         if y is not None:
             return y
@@ -128,7 +127,7 @@ def _fused(
     spec: RouterSpec,
     weights: ExpertWeights,
     shared: SharedExpert | None,
-    facts: tuple[Any, ...],
+    facts: Facts,
 ) -> mx.array:
     combine_dtype = None if row.combine is None else getattr(mx, row.combine)
     choice = choose(

@@ -39,12 +39,13 @@ def said_by(row: Block, block: Any) -> tuple[Any, ...]:
     Raises:
         AttributeError: it has no such attribute.
     """
-    said: tuple[Any, ...] = _reader(row)(block)
+    said: tuple[Any, ...] = reader_of(row)(block)
     return said
 
 
 @cache
-def _reader(row: Block) -> Callable[[Any], Any]:
+def reader_of(row: Block) -> Callable[[Any], Any]:
+    """:func:`said_by` of a row's blocks."""
     paths = [say.path if isinstance(say, Either) else say for say in row.reads.values()]
     if row.identity_attribute is not None:
         paths.append(row.identity_attribute)
@@ -86,7 +87,9 @@ def _word(row: Block, field: str, say: Either, value: Any) -> str:
 
 def router_logits(row: Block, block: Any, x: mx.array) -> mx.array:
     """``[..., hidden]`` -> ``[..., num_experts]``, as the block computes them."""
-    part = _part(row.logits)(block)
+    part = block.get(row.logits)  # most are its own layer
+    if part is None:
+        part = _part(row.logits)(block)
     if isinstance(part, mx.array):
         if row.float32_input == "both":
             x, part = x.astype(mx.float32), part.astype(mx.float32)
