@@ -165,6 +165,20 @@ def run_tiny(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     return status, lines, json.loads(lines[-1])
 
 
+def test_accelerated_models_of_mlx_lm_are_judged(capsys: pytest.CaptureFixture[str]) -> None:
+    subjects = ["mlx-lm-fp32", "accelerated-bf16", "accelerated-fp32"]
+    families = ["granitemoe", "dbrx"]
+    status, _, result = run_tiny(capsys, "--families", *families, "--subjects", *subjects)
+    assert status == 0
+    for family in result["families"]:
+        found = {s["subject"]: s for s in family["subjects"]}
+        for label in subjects[1:]:
+            assert found[label]["verified"]
+            assert found[label]["judged"]
+            assert found[label]["backend"] == "auto"
+            assert found[label]["decode"]["points"]
+
+
 def test_tiny_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plot, written = tmp_path / "bench.png", tmp_path / "bench.json"
     status, lines, result = run_tiny(capsys, "--plot", str(plot), "--json", str(written))

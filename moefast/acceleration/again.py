@@ -36,14 +36,14 @@ def facts_of(row: Block) -> Callable[[Any, Any, Any], Facts]:
 
 
 @cache
-def again_of(row: Block) -> Callable[[Any, mx.array], mx.array | None]:
+def again_of(row: Block) -> Callable[[Any, mx.array], tuple[mx.array | None, mx.array | None]]:
     """``(block, x)`` -> its output by the kernels of its last call, or None where this call is of another
-    kind."""
+    kind; and the router's logits, if that is what told."""
     if row.mix is not None or row.sum_float32 or row.latent is not None or "." in row.experts:
-        return lambda block, x: None
+        return lambda block, x: (None, None)
     facts, name, shared_name, gate_name = facts_of(row), row.experts, row.shared, row.shared_gate
 
-    def again(block: Any, x: mx.array) -> mx.array | None:
+    def again(block: Any, x: mx.array) -> tuple[mx.array | None, mx.array | None]:
         own = block.__dict__
         if (
             own.get("_recall") is None
@@ -51,12 +51,13 @@ def again_of(row: Block) -> Callable[[Any, mx.array], mx.array | None]:
             or own.get("sharding_group") is not None
             or "_moefast_originals" in own
         ):
-            return None
+            return None, None
         experts = block[name]
         shared = None if shared_name is None else block.get(shared_name)
         gate = None if gate_name is None else block[gate_name]
         bias = None if row.bias is None else selection_bias(row, block)
         logits = block.moefast_logits(x)
-        return recalled(block, x, logits, bias, experts, shared, gate, facts(block, experts, shared))
+        said = facts(block, experts, shared)
+        return recalled(block, x, logits, bias, experts, shared, gate, said), logits
 
     return again

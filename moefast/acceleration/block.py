@@ -44,14 +44,15 @@ class AcceleratedBlock:
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., hidden]`` -> ``[..., hidden]``."""
         row = self._moefast_row
-        again = again_of(row)(self, x)
-        if again is not None:
-            return again
+        y, logits = again_of(row)(self, x)
+        if y is not None:
+            return y
         group = self.__dict__.get("sharding_group")
         if runs_original(self, x.shape) or (group is not None and row.whole_when_sharded):
             return super().__call__(x)  # type: ignore[misc,no-any-return]
         try:
-            y = forward(self, row, self._moefast_backend, x if group is None else sum_gradients(group)(x))
+            whole = x if group is None else sum_gradients(group)(x)
+            y = forward(self, row, self._moefast_backend, whole, logits)
         except ValueError as error:  # from the description of the call, before anything runs
             if self._moefast_backend != "auto":
                 raise
@@ -62,10 +63,13 @@ class AcceleratedBlock:
         return y.astype(x.dtype) if row.sum_float32 else y
 
 
-def forward(block: Any, row: Block, backend: str, x: mx.array) -> mx.array:
-    """The block's output before ranks are summed. x: ``[..., hidden]`` -> ``[..., hidden]``."""
+def forward(block: Any, row: Block, backend: str, x: mx.array, logits: mx.array | None = None) -> mx.array:
+    """The block's output before ranks are summed. x: ``[..., hidden]`` -> ``[..., hidden]``; ``logits`` where
+    they are known, and the last call's kernels have been tried in vain."""
     experts = part(block, row.experts)
-    logits = block.moefast_logits(x)
+    tried = logits is not None
+    if logits is None:
+        logits = block.moefast_logits(x)
     bias = selection_bias(row, block)
     shared = None if row.shared is None else block.get(row.shared)
     gate = None if row.shared_gate is None else block[row.shared_gate]
@@ -73,7 +77,7 @@ def forward(block: Any, row: Block, backend: str, x: mx.array) -> mx.array:
     facts: Facts = ()
     if plain:
         facts = facts_of(row)(block, experts, shared)
-        y = recalled(block, x, logits, bias, experts, shared, gate, facts)
+        y = None if tried else recalled(block, x, logits, bias, experts, shared, gate, facts)
         if y is not None:
             return y
     spec = router_spec(row, block, stack_size(experts), dtype_name(x.dtype))
