@@ -95,7 +95,7 @@ def _environment() -> dict[str, dict[str, Any]]:
     """The settings in effect, under the names of the variables that set them."""
     defaults = asdict(Settings())
     return {
-        f"MOEFAST_{name.upper()}": {"value": value, "default": value == defaults[name]}
+        Settings.variable(name): {"value": value, "default": value == defaults[name]}
         for name, value in asdict(settings).items()
     }
 

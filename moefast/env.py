@@ -46,6 +46,11 @@ class Settings:
     metal: str = ""
     threads: int = 0
 
+    @staticmethod
+    def variable(field: str) -> str:
+        """The name of the variable that sets a field."""
+        return "MOEFAST" if field == "enabled" else f"MOEFAST_{field.upper()}"
+
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """Parse ``environ``. Raises ValueError naming the variable."""
