@@ -42,6 +42,7 @@ def test_every_variable_is_listed_with_its_value() -> None:
     found = doctor.examine()["environment"]
     assert len(found) == len(Settings.__dataclass_fields__)
     assert found["MOEFAST_LOG"] == {"value": False, "default": True}
+    assert found["MOEFAST"] == {"value": True, "default": True}
 
 
 def test_examining_is_not_using() -> None:

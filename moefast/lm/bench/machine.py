@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
             **{name: _version(name) for name in ("mlx", "mlx-lm", "moefast")},
         },
         "git": git_state(Path(__file__).resolve().parents[3]),
-        "environment": {"MOEFAST_" + name.upper(): value for name, value in vars(settings).items()},
+        "environment": {settings.variable(name): value for name, value in vars(settings).items()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
