@@ -110,3 +110,40 @@ def test_bytes_of_the_shared_expert(
         assert read["per threadgroup"] == read["unique others"]
     assert launches[0].result is not None
     assert launches[0].result.counters.buffers["shared_output_gate_weight"].unique == 2048 // 2
+
+
+@pytest.mark.parametrize(
+    ("model", "shared_width", "output_gate"),
+    [("glm4", 1408, False), ("qwen2", 5632, True), ("bailing", 2816, False)],
+)
+def test_bytes_of_a_whole_layer_with_its_shared_expert(
+    model: str,
+    shared_width: int,
+    output_gate: bool,
+    expert_weights: MakeExperts,
+    shared_expert: MakeShared,
+    floats: Floats,
+    rng: np.random.Generator,
+) -> None:
+    shape, quant, dtype, rows = MODELS[model], QuantSpec(), mx.bfloat16, 64
+    experts = shape.top_k + 2
+    indices, route_weights = routes_of(rng, 1, shape.top_k), mx.abs(floats(1, shape.top_k))
+    x, inner = floats(1, shape.hidden, dtype=dtype), floats(1, shape.top_k, shape.width, dtype=dtype)
+    first = expert_weights(experts, shape.hidden, rows, quant=quant, dtype=dtype)
+    second = expert_weights(experts, rows, shape.width, quant=quant, dtype=dtype)
+    shared_first = shared_expert(shape.hidden, rows, output_gate=output_gate, quant=quant, dtype=dtype)
+    shared_second = shared_expert(rows, shared_width, output_gate=output_gate, quant=quant, dtype=dtype)
+    with emulated() as launches:
+        decode.gate_up(x, first, indices)
+        kept = decode.shared_gate_up(x, shared_first)
+        kept = decode.SharedInner(shared_second, floats(1, shared_width, dtype=dtype), kept.logits)
+        decode.down_combine(inner, second, indices, route_weights, shared=kept)
+    requested = unique = 0.0
+    scales = (shape.width / rows, shared_width / rows, shape.hidden / rows)
+    for made, scale in zip(launches, scales, strict=True):
+        assert made.result is not None
+        counters = made.result.counters
+        read = of_weights(counters)
+        requested += scale * (counters.loaded + counters.stored)
+        unique += scale * (read["unique packed"] + read["unique others"])
+    assert requested <= WHOLE_LAYER * unique, requested / unique
