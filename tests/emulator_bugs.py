@@ -13,6 +13,7 @@ THREADS = 64
 KERNEL = """#include <metal_stdlib>
 using namespace metal;
 constant float table[4] = {1, 2, 3, 4};
+BEFORE
 [[kernel]] void probe(device float* out [[buffer(0)]], const device float* x [[buffer(1)]],
                       device float* scratch [[buffer(2)]], device atomic_uint* tally [[buffer(3)]],
                       uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]],
@@ -25,7 +26,8 @@ DEVICE_BARRIER = "threadgroup_barrier(mem_flags::mem_device);"
 
 
 class Bug(NamedTuple):
-    """``line`` is the text of the line that must be named; ``groups``: threadgroups of 64 threads."""
+    """``line`` is the text of the line that must be named; ``groups``: threadgroups of 64 threads;
+    ``before``: what comes before the kernel."""
 
     kind: str
     bad: str
@@ -33,6 +35,7 @@ class Bug(NamedTuple):
     line: str
     groups: int = 1
     buffer: str = ""
+    before: str = ""
 
 
 SUM = f"""threadgroup float s[64];
@@ -247,7 +250,7 @@ BUGS = {
     "misaligned structure": Bug(
         "misaligned",
         "struct S { float4 a[3]; };\n((device S*)(scratch + 1))[t % 2] = *(const device S*)x; out[i] = 0;",
-        "struct S { float4 a[3]; };\n((device S*)scratch)[t % 2] = *(const device S*)x; out[i] = 0;",
+        "struct S { float4 a[3]; };\nif (t < 2) ((device S*)scratch)[t] = *(const device S*)x; out[i] = 0;",
         "device S*",
     ),
     "barriers in two branches that differ in nothing else": Bug(
@@ -333,8 +336,12 @@ BUGS = {
 }
 
 
-def run(body: str, groups: int, **options: Any) -> Any:
-    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe", name="probe.metal")
+def source(body: str, before: str = "") -> str:
+    return KERNEL.replace("BEFORE", before).replace("BODY", body)
+
+
+def run(body: str, groups: int, before: str = "", **options: Any) -> Any:
+    kernel = emulator.compile(source(body, before), "probe", name="probe.metal")
     n = groups * THREADS
     x = np.arange(n, dtype=np.float32)
     buffers = [np.zeros(n, np.float32), x, emulator.Output((n,), np.float32), np.zeros(4, np.uint32)]

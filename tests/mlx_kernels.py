@@ -64,6 +64,7 @@ class Run:
         buffers: by the name of the kernel's parameter.
         expected: float64, to compare with buffer ``result``.
         error: largest allowed difference, relative to the largest expected magnitude.
+        equal_writes: whether several threadgroups of it write the same values to the same place.
     """
 
     headers: tuple[str, ...]
@@ -76,6 +77,7 @@ class Run:
     expected: np.ndarray
     error: float
     constants: dict[int | str, Any] = field(default_factory=dict)
+    equal_writes: bool = False
 
     def source(self) -> str:
         includes = "".join(f'#include "{ROOT}{header}"\n' for header in ("utils.h", *self.headers))
@@ -96,6 +98,7 @@ class Run:
         """The launch's result, and the buffer that counts; of ``kernel`` instead of MLX's header, if there
         is one."""
         kernel = kernel or self.kernel()
+        options.setdefault("allow_equal_writes", self.equal_writes)
         named = {index: self.buffers[parameter.name] for index, parameter in kernel.signature.buffers.items()}
         result = emulator.launch(kernel, named, self.grid, self.threadgroup, **options)
         (at,) = (

@@ -48,6 +48,12 @@ def _fast(bits_: int, N: int, K: int) -> str:
     return "_fast" if N % 8 == 0 and K % (256 if bits_ == 6 else 512) == 0 else ""
 
 
+def _overlaps(N: int) -> bool:
+    """Whether the last of the threadgroups that compute 8 rows each starts earlier, so as not to end late: it
+    writes some rows once more."""
+    return N % 8 != 0
+
+
 def qmv(kind: str, bits_: int, mode: str, N: int, K: int) -> Run:
     stack = Stack(kind, mode, bits_, 1, N, K)
     x = of(kind, normal(1, K, seed=1))
@@ -70,6 +76,7 @@ def qmv(kind: str, bits_: int, mode: str, N: int, K: int) -> Run:
         kind,
         stack.values[0] @ numbers(x, kind)[0],
         dot_error(kind, K),
+        equal_writes=_overlaps(N),
     )
 
 
@@ -116,6 +123,7 @@ def gather_qmv(kind: str, bits_: int, mode: str, N: int, K: int) -> Run:
         kind,
         stack.values[list(experts)] @ numbers(x, kind)[0, 0],
         dot_error(kind, K),
+        equal_writes=_overlaps(N),
     )
 
 

@@ -7,7 +7,8 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from emulator_bugs import BARRIER, BUGS, KERNEL, THREADS, Bug, run
+from emulator_bugs import BARRIER, BUGS, THREADS, Bug, run, source
+from emulator_unusual_bugs import UNUSUAL
 
 from moefast import emulator
 from moefast.env import settings
@@ -17,41 +18,74 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+ALL = {**BUGS, **UNUSUAL}
+
+
+@pytest.mark.parametrize("bug", ALL.values(), ids=ALL)
 def test_bug_is_found_at_its_line(bug: Bug) -> None:
-    source = KERNEL.replace("BODY", bug.bad).split("\n")
-    found = [f for f in run(bug.bad, bug.groups).findings if f.kind == bug.kind]
+    lines = source(bug.bad, bug.before).split("\n")
+    found = [f for f in run(bug.bad, bug.groups, bug.before).findings if f.kind == bug.kind]
     assert found
     places = [place for f in found for place in (f.place, f.other_place) if place]
-    assert any(place.file == "probe.metal" and bug.line in source[place.line - 1] for place in places), found
+    assert any(place.file == "probe.metal" and bug.line in lines[place.line - 1] for place in places), found
     assert all(f.buffer == bug.buffer for f in found if bug.buffer), found
 
 
-@pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
+@pytest.mark.parametrize("bug", ALL.values(), ids=ALL)
 def test_clean_twin_is_silent(bug: Bug) -> None:
-    assert run(bug.good, bug.groups).findings == ()
+    assert run(bug.good, bug.groups, bug.before).findings == ()
 
 
 def test_every_kind_has_a_bug() -> None:
     # Tests of their own, below.
-    elsewhere = {"too-many-threads", "time-limit", "crash", "device-same-writes", "threadgroup-same-writes"}
+    elsewhere = {"too-many-threads", "time-limit", "crash", "device-equal-writes", "threadgroup-equal-writes"}
     assert {bug.kind for bug in BUGS.values()} | elsewhere == set(emulator.KINDS)
 
 
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        ("scratch[0] = 1;\nout[i] = 0;", "device-same-writes"),
-        (f"threadgroup float s[1];\ns[0] = 1;\n{BARRIER} out[i] = s[0];", "threadgroup-same-writes"),
+        ("scratch[0] = 1;\nout[i] = 0;", "device-equal-writes"),
+        (f"threadgroup float s[1];\ns[0] = 1;\n{BARRIER} out[i] = s[0];", "threadgroup-equal-writes"),
     ],
 )
-def test_writes_of_the_same_value_are_findings_if_asked_for(body: str, kind: str) -> None:
-    assert run(body, 2).findings == ()
-    (found,) = run(body, 2, strict_races=True).findings
+def test_writes_of_the_same_value_are_findings_unless_allowed(body: str, kind: str) -> None:
+    assert run(body, 2, allow_equal_writes=True).findings == ()
+    (found,) = run(body, 2).findings
     assert found.kind == kind
     assert "unordered with a write by thread 0 of threadgroup (0, 0, 0)" in found.message
+    # Other values are a race, also where some of their bytes are the same, and allowed by nothing.
     other = body.replace("= 1;", "= t;")
-    assert {f.kind for f in run(other, 2).findings} == {kind.replace("same-writes", "race")}
+    for allow in (False, True):
+        assert {f.kind for f in run(other, 2, allow_equal_writes=allow).findings} == {
+            kind.replace("equal-writes", "race")
+        }
+
+
+def test_barrier_in_a_function_names_both_paths() -> None:
+    bug = UNUSUAL["barrier in a function, called from two branches"]
+    (found,) = run(bug.bad, 1, bug.before).findings
+    lines = source(bug.bad, bug.before).split("\n")
+    calls = [i + 1 for i, line in enumerate(lines) if "  meet(s, t);" in line]
+    assert found.called_from[0].line == calls[0]
+    assert found.message.endswith(f"called from probe.metal:{calls[1]}")
+
+
+def test_barrier_in_a_function_that_calls_itself_is_refused() -> None:
+    again = f"void again(uint n) {{\n  {BARRIER}\n  if (n > 0) again(n - 1);\n}}"
+    with pytest.raises(emulator.CompileError, match="must not call itself"):
+        run("again(uint(x[0]));\nout[i] = 0;", 1, again)
+
+
+@pytest.mark.parametrize("body", ["s[1] = V;", "for (uint k = 0; k < 64; k++) s[k] = V;"])
+@pytest.mark.parametrize("kind", ["uchar", "half", "float3", "float4", "Odd"])
+def test_equal_writes_of_any_type(kind: str, body: str) -> None:
+    """Scalars and vectors, whole structs, memory that is filled: what is written is compared."""
+    before = "struct Odd { float a; char b[5]; };"
+    value = "Odd{7, {1, 2, 3, 4, 5}}" if kind == "Odd" else f"{kind}(7)"
+    whole = f"threadgroup {kind} s[64];\n{body.replace('V', value)}\nout[i] = 0;"
+    assert {f.kind for f in run(whole, 1, before).findings} == {"threadgroup-equal-writes"}
+    assert run(whole, 1, before, allow_equal_writes=True).findings == ()
 
 
 def test_missing_trailing_barrier_leaves_the_values_right_and_is_found() -> None:
@@ -63,7 +97,7 @@ def test_missing_trailing_barrier_leaves_the_values_right_and_is_found() -> None
 
 def test_all_findings_are_raised_together() -> None:
     body = "out[i * 2] = x[i + 1];\nout[i] = scratch[i];"
-    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe", name="probe.metal")
+    kernel = emulator.compile(source(body), "probe", name="probe.metal")
     n = THREADS
     buffers = [
         np.zeros(n, np.float32),
@@ -121,7 +155,7 @@ def test_order_dependent_kernel_shows_under_shuffling() -> None:
 
 @pytest.mark.parametrize("mode", ["run", "check"])
 def test_too_many_threads(mode: str) -> None:
-    kernel = emulator.compile(KERNEL.replace("BODY", "out[i] = x[i];"), "probe")
+    kernel = emulator.compile(source("out[i] = x[i];"), "probe")
     arrays = [np.zeros(2048, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
     with pytest.raises(emulator.EmulatorError, match="1025"):
         emulator.launch(kernel, arrays, (2048, 1, 1), (1025, 1, 1), mode=mode)
@@ -140,12 +174,12 @@ def test_kernel_that_declares_fewer_threads(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["run", "check"])
 def test_hang_is_stopped(mode: str) -> None:
     body = "while (atomic_load_explicit(tally, memory_order_relaxed) == 0) {\n}\nout[i] = 1;"
-    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe")
+    kernel = emulator.compile(source(body), "probe")
     arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
     with pytest.raises(emulator.EmulatorError, match=r"longer than its 0\.5 s"):
         emulator.launch(kernel, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode, time_limit=0.5)
     # The process is as it was: the next launch works.
-    clean = emulator.compile(KERNEL.replace("BODY", "out[i] = 1;"), "probe")
+    clean = emulator.compile(source("out[i] = 1;"), "probe")
     emulator.launch(clean, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
     assert arrays[0].sum() == THREADS
 
@@ -154,7 +188,7 @@ def test_hang_is_stopped(mode: str) -> None:
 def test_wild_store_does_not_kill_the_caller(mode: str) -> None:
     # Through a thread pointer, which nothing checks.
     body = "*(thread float*)(size_t(i) + 64) = 1;\nout[i] = 0;"
-    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe")
+    kernel = emulator.compile(source(body), "probe")
     arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
     with pytest.raises(emulator.EmulatorError, match="SIGSEGV"):
         emulator.launch(kernel, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
@@ -165,11 +199,11 @@ def test_wild_store_does_not_kill_the_caller(mode: str) -> None:
 def test_too_large_variables_are_told(mode: str, barrier: str) -> None:
     # The array is used far from its end only: without a probe of every page it would hit another thread's.
     body = f"volatile float a[60000]; a[t] = 1; {barrier}\nout[i] = a[t];"
-    kernel = emulator.compile(KERNEL.replace("BODY", body), "probe")
+    kernel = emulator.compile(source(body), "probe")
     arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
     with pytest.raises(emulator.EmulatorError, match=r"more than \d+ bytes of variables"):
         emulator.launch(kernel, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
-    small = emulator.compile(KERNEL.replace("BODY", body.replace("60000", "20000")), "probe")
+    small = emulator.compile(source(body.replace("60000", "20000")), "probe")
     emulator.launch(small, arrays, (THREADS, 1, 1), (THREADS, 1, 1), mode=mode)
     assert arrays[0].sum() == THREADS
 
@@ -193,7 +227,7 @@ kernel void k(device uint* out, uint3 p [[thread_position_in_grid]], uint3 size 
 
 
 def test_many_threadgroups() -> None:
-    kernel = emulator.compile(KERNEL.replace("BODY", "if (i < 64) out[i] = 1;"), "probe")
+    kernel = emulator.compile(source("if (i < 64) out[i] = 1;"), "probe")
     arrays = [np.zeros(THREADS, np.float32) for _ in range(3)] + [np.zeros(4, np.uint32)]
     for mode, threads in (("run", 1 << 24), ("check", 1 << 20)):
         done = emulator.launch(kernel, arrays, (threads, 1, 1), (THREADS, 1, 1), mode=mode)

@@ -111,12 +111,12 @@ def test_defines_and_constants(metal: str, capsys: pytest.CaptureFixture[str]) -
     capsys.readouterr()
 
 
-def test_races_of_equal_writes_are_asked_for(metal: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_writes_are_races_unless_allowed(metal: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path(metal).write_text("kernel void k(device float* x) { x[0] = 1; }")
     command = [metal, "--grid", "64", "--buffer", "0=zeros:float32:1"]
-    assert main(command) == 0
-    assert main([*command, "--strict-races"]) == 1
-    assert "device-same-writes" in capsys.readouterr().out
+    assert main([*command, "--allow-equal-writes"]) == 0
+    assert main(command) == 1
+    assert "device-equal-writes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

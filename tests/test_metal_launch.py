@@ -107,11 +107,11 @@ def test_contraction_is_off() -> None:
 
 
 def test_writes_of_one_value_are_races_here() -> None:
-    """MLX's kernels have them, and the emulator lets them pass unless it is asked; ours do without."""
+    """MLX's kernels have them, and the emulator would let them pass; ours do without."""
     everyone = launch.Function(
         name="everyone", file="common.h", inputs=("x",), outputs=("y",), body="y[0] = x[0];"
     )
-    with emulated(), pytest.raises(EmulatorError, match="device-same-writes"):
+    with emulated(), pytest.raises(EmulatorError, match="device-equal-writes"):
         everyone(
             [mx.array([1.0])],
             template=[],

@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", type=int, default=0, help="that many random schedules besides the plain one"
     )
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds for each launch")
-    parser.add_argument("--strict-races", action="store_true", help="writes of the same bytes are races too")
+    parser.add_argument(
+        "--allow-equal-writes", action="store_true", help="unordered writes of the same bytes are no findings"
+    )
     parser.add_argument("--denormals", choices=("keep", "flush"), default="keep", help="of float and bfloat")
     parser.add_argument("--save", action="append", default=[], metavar="INDEX=FILE.npy", help="keep a buffer")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -153,7 +155,7 @@ def _launches(kernel: Kernel, arguments: argparse.Namespace) -> list[Result]:
                 seed=seed,
                 time_limit=arguments.time_limit,
                 denormals=arguments.denormals,
-                strict_races=arguments.strict_races,
+                allow_equal_writes=arguments.allow_equal_writes,
             )
         )
     for index, file in _pairs(arguments.save, "--save").items():

@@ -26,7 +26,7 @@ class Launch(ctypes.Structure):
         ("shuffle", c_uint32),
         ("os_threads", c_uint32),
         ("meets", c_uint32),
-        ("strict_races", c_uint32),
+        ("allow_equal_writes", c_uint32),
         ("flush", c_uint32),
     ]
 

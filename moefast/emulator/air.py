@@ -13,6 +13,7 @@ from . import cache, contraction, pipeline
 from .air_intrinsics import lower
 from .air_metadata import Constants, signature, with_constants
 from .compile import Kernel, store
+from .inlining import inline_meeting
 from .ir import Module, leading_type
 from .metallib import Metallib
 from .reflect import BUILTINS, Signature
@@ -42,7 +43,8 @@ def load(library: Metallib, name: str, function_constants: Constants | None = No
         text = with_constants(text, name, constants)
         lowered = threadgroup_variables(lower(_host(text)))
         taken, types = signature(text, name, lambda: pipeline.optimise(lowered, "-O1"))
-        store(folder, contraction.contract(lowered + _entry(taken, types)), taken, [str(_library())])
+        ir = inline_meeting(contraction.contract(lowered + _entry(taken, types)))
+        store(folder, ir, taken, [str(_library())])
 
     return Kernel(
         name, cache.entry(cache.key("air", bitcode, name, sorted(constants.items(), key=repr)), make)
@@ -63,9 +65,9 @@ def _host(text: str) -> str:
     text = re.sub(r"^@llvm\.global_ctors = appending global \[0 x .*$", "", text, flags=re.MULTILINE)
     text = re.sub(r' section "air\.[\w.]+"|, section "air\.[\w.]+"', "", text)
     text = re.sub(r'"air-[\w-]+"(?:="[^"]*")?', "", text)
-    # As in pipeline.py: a launch decides of denormals, and a large frame touches the guard of the stack.
-    as_sources = r'\1 "denormal-fp-math"="dynamic,dynamic" "probe-stack"="inline-asm"'
-    return re.sub(r"^(attributes #\d+ = \{)", as_sources, text, flags=re.MULTILINE)
+    # As in pipeline.py: a launch decides of denormals.
+    as_sources = r'\1 "denormal-fp-math"="dynamic,dynamic"'
+    return pipeline.probing(re.sub(r"^(attributes #\d+ = \{)", as_sources, text, flags=re.MULTILINE))
 
 
 _SHARED = re.compile(r"^(@[\w.$-]+|@\"[^\"]+\") = .*addrspace\(3\) global (.+)$")

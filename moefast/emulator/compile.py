@@ -12,13 +12,11 @@ from typing import Any
 
 from . import cache, pipeline, runtime
 from .errors import CompileError, Diagnostic
+from .inlining import can_meet
 from .instrument import instrument
 from .ir import Module, Site
 from .pipeline import Unit
 from .reflect import Parameter, Signature, with_types
-
-# Of the runtime: a kernel that calls none of them runs without fibers.
-_MEETING = ("msl_simd_exchange", "msl_simd_barrier", "msl_threadgroup_barrier")
 
 
 class Kernel:
@@ -157,7 +155,7 @@ def store(
         objects: object files to link with the kernel.
     """
     (folder / "kernel.ll").write_text(ir)
-    meets = any(f"@{function}(" in ir for function in _MEETING) or "@msl_air_" in ir
+    meets = can_meet(ir)  # if not, it runs without fibers
     stored = {
         "signature": asdict(signature),
         "meets": meets,

@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from .inlining import refuse_shared_meetings
 from .ir import Module, Site, closing_bracket, leading_type, named_types, split_top, store_bytes
+from .rounds import DECLARATION, count_rounds
 
 _SPACES = {1: "device", 2: "constant", 3: "threadgroup", 4: "generic"}
 _LOAD = re.compile(r"^\s*%[\w.]+ = load (atomic )?(?:volatile )?(.+)$")
@@ -27,6 +29,7 @@ _RUNTIME = re.compile(
 )
 _ALIGN = re.compile(r", align (\d+)")
 _ORDER = re.compile(r'( syncscope\("[^"]*"\))? (unordered|monotonic|acquire|release|acq_rel|seq_cst)$')
+_LABEL = re.compile(r'^([\w.$-]+|"[^"]+"):')
 _DIRECT = {1, 2, 4, 8, 16}
 
 
@@ -46,16 +49,30 @@ class _Instrumenter:
         self.numbers: dict[str | None, int] = {}
         self.temporaries = 0
         self.declared: set[str] = set()
+        self.held: list[str] = []  # of the present function: what goes to its start
         self.out: list[str] = []
 
     def run(self) -> Instrumented:
         # Constructors of globals run when the library is loaded, before there is anything to check.
         checked = [body for body in self.module.bodies if not body.name.startswith("_GLOBAL__sub_I")]
         inside = {i for body in checked for i in range(body.first + 1, body.last)}
+        before: dict[int, list[str]] = {}
+        refuse_shared_meetings(self.module)
+        for body in checked:
+            before.update(count_rounds(self.module, body).before)
+        if before:
+            self.declared.add(DECLARATION)
         location: str | None = None
+        start = 0
         for i, line in enumerate(self.module.lines):
+            self.out += before.get(i, [])
             if i not in inside:
                 location = None
+                if self.held:
+                    start += bool(_LABEL.match(self.out[start]))
+                    self.out[start:start] = self.held
+                    self.held.clear()
+                start = len(self.out) + 1
                 self.out.append(line)
                 continue
             # An instruction the optimiser left without a place gets that of the one before it.
@@ -115,6 +132,14 @@ class _Instrumenter:
             if bits:
                 first, operand_bits = bits
                 arguments += f", i{8 * size} {operand_bits}"
+        elif value:
+            # Compared where it lies: a store needs no type for that.
+            held = self._temporary()
+            self.held.append(f"  {held} = alloca {leading_type(value)}, align 16")
+            first = f"  store {value.strip()}, ptr {held}, align 16\n"
+            function = function.replace("_store", "_copy_n")
+            arguments += f", ptr {held}, i64 {size}"
+            self._declare(function, space, "ptr, i64, i32, i32")
         else:
             function += "_n"
             arguments += f", i64 {size}"
@@ -170,12 +195,15 @@ class _Instrumenter:
             else:
                 wide = size
             operand = _last_operand(parts[position])
-            source = ""
+            source, taken = "", ""
             if kind == "store" and len(pointers) == 2:
                 # What is copied comes along, as the value of a store does.
-                function = function.replace("_store_n", "_copy_n")
+                function, taken = function.replace("_store_n", "_copy_n"), "ptr, "
                 source = self._generic(parts[1], calls)
-            self._declare(function, space, "ptr, i64, i32, i32" if source else "i64, i32, i32")
+            elif kind == "store":
+                function, taken = function.replace("_store_n", "_fill_n"), "i8, "
+                source = f"i8 {parts[1].split()[-1]}, "
+            self._declare(function, space, f"{taken}i64, i32, i32")
             calls.append(
                 f"  {checked} = call ptr addrspace({space}) @{function}("
                 f"ptr addrspace({space}) {operand}, {source}i64 {wide}, "

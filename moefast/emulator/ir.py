@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 _DEFINE = re.compile(r"^define\b[^@]*@(\"[^\"]+\"|[\w.$-]+)\(")
-_CALL = re.compile(r"\b(?:call|invoke)\b[^@%]*?(?:@(\"[^\"]+\"|[\w.$-]+)|(%[\w.]+))\(")
+_CALL = re.compile(r"\b(?:call|invoke)\b[^@]*? (?:@(\"[^\"]+\"|[\w.$-]+)|(%[\w.]+))\(")
 _DBG = re.compile(r"!dbg !(\d+)")
 _METADATA = re.compile(r"^!(\d+) = (?:distinct )?!(DI\w+)\((.*)\)$")
 

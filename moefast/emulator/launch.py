@@ -69,7 +69,7 @@ def launch(
     threadgroup_bytes: Mapping[int, int] | None = None,
     raises: bool = True,
     seed: int | None = None,
-    strict_races: bool = False,
+    allow_equal_writes: bool = False,
     time_limit: float = 60.0,
     threads: int | None = None,
     denormals: Denormals = "keep",
@@ -86,8 +86,8 @@ def launch(
         threadgroup_bytes: sizes of ``[[threadgroup(i)]]`` arguments.
         raises: raise what check mode finds; False: give it back as ``Result.findings``.
         seed: check mode: run threadgroups and simdgroups in the random order of this seed; None: in order.
-        strict_races: check mode: unordered writes of the same bytes are findings too
-            (``device-same-writes``, ``threadgroup-same-writes``).
+        allow_equal_writes: check mode: unordered writes of the same bytes are no findings
+            (``device-equal-writes``, ``threadgroup-equal-writes``).
         time_limit: seconds.
         threads: OS threads of run mode; None: one for each core.
         denormals: ``keep`` them, as IEEE 754 has it, or ``flush`` those of float and bfloat to zero: as
@@ -116,7 +116,7 @@ def launch(
         outcome, findings, raw = _run(kernel, request, prepared)
     else:
         request.shuffle, request.seed = seed is not None, seed or 0
-        request.strict_races = strict_races
+        request.allow_equal_writes = allow_equal_writes
         outcome, findings, raw = _check(kernel, request, prepared)
     seconds = time.perf_counter() - start
     # A launch that did not finish has no result that could be given back.

@@ -32,7 +32,7 @@ class MetalKernel:
     """A kernel of which the body is given, and the signature made for each call (see ``metal_kernel``).
 
     Attributes:
-        mode, seed, raises, time_limit, denormals, strict_races: see ``launch``.
+        mode, seed, raises, time_limit, denormals, allow_equal_writes: see ``launch``.
     """
 
     name: str
@@ -47,7 +47,7 @@ class MetalKernel:
     raises: bool = True
     time_limit: float = 60.0
     denormals: Denormals = "keep"
-    strict_races: bool = False
+    allow_equal_writes: bool = False
     _compiled: dict[str, Kernel] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(
@@ -140,7 +140,7 @@ class MetalKernel:
             raises=self.raises,
             time_limit=self.time_limit,
             denormals=self.denormals,
-            strict_races=self.strict_races,
+            allow_equal_writes=self.allow_equal_writes,
         )
         found = [
             _to_mlx(result.buffers[first_output + i], tuple(shape), dtype)
@@ -199,7 +199,7 @@ def metal_kernel(
     raises: bool = True,
     time_limit: float = 60.0,
     denormals: Denormals = "keep",
-    strict_races: bool = False,
+    allow_equal_writes: bool = False,
 ) -> MetalKernel:
     """``mx.fast.metal_kernel`` on the CPU: the same arguments, and a few of the emulator's own after them.
 
@@ -207,7 +207,7 @@ def metal_kernel(
         name, input_names, output_names, source, header, ensure_row_contiguous, atomic_outputs: as MLX's.
         compile_options: ``{"math_mode": "safe" | "relaxed" | "fast"}``; computed as ``safe`` in any case.
         mode: ``run`` or ``check``.
-        seed, raises, time_limit, denormals, strict_races: see ``launch``.
+        seed, raises, time_limit, denormals, allow_equal_writes: see ``launch``.
 
     Raises:
         TypeError: names are not a sequence.
@@ -240,7 +240,7 @@ def metal_kernel(
         raises,
         time_limit,
         denormals,
-        strict_races,
+        allow_equal_writes,
     )
 
 

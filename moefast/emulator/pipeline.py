@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import cache, contraction, reflect, strict, strict_ir
 from .errors import CompileError, Diagnostic
+from .inlining import MeetsItselfError, inline_meeting
 from .lexer import Source
 from .reflect import Signature
 from .repair import compile_repaired
@@ -62,7 +63,7 @@ _LANGUAGE = (
     *("-Xclang", f"-cl-ext=-all,{','.join(f'+{feature}' for feature in _FEATURES)}"),
     # Half and bfloat round after every operation; products and sums of one expression are fused, not more.
     *("-Xclang", "-fbfloat16-excess-precision=none", "-Xclang", "-ffloat16-excess-precision=none"),
-    *("-ffp-contract=on", "-fno-math-errno", "-fno-exceptions"),
+    *("-ffp-contract=on", "-fno-math-errno", "-fno-exceptions", "-fno-stack-protector"),
     "-fdenormal-fp-math=dynamic,dynamic",  # a launch decides; the optimiser assumes nothing
     # The IR keeps device, constant, threadgroup and generic apart: instrument.py lives on it.
     *("-Xclang", "-ffake-address-space-map"),
@@ -71,8 +72,6 @@ _LANGUAGE = (
     *("-Wno-unknown-attributes", "-Wno-ignored-attributes", "-Wno-unused", "-Wno-missing-prototypes"),
     *("-Wno-sync-alignment", "-Wno-atomic-alignment"),
     "-fdeclspec",  # properties: swizzles.py
-    # A frame larger than a page touches each of them, and so the guard below a thread's stack.
-    "-fstack-clash-protection",
 )
 _DIAGNOSTIC = re.compile(r"^(.*?):(\d+):(\d+): (fatal error|error|warning|note): (.*)$")
 
@@ -127,7 +126,20 @@ def front_end(
     if refused:
         raise CompileError(name, [shown.complete(*refusal) for refusal in refused])
     files = tuple(_included(preprocessed, name))
-    return Unit(contraction.contract(done.stdout), signature, files, translated.variables)
+    try:
+        ir = inline_meeting(contraction.contract(probing(done.stdout)))
+    except MeetsItselfError as error:
+        message = "a function with a barrier or simdgroup operation must not call itself"
+        raise CompileError(name, [shown.complete(*error.place, message)]) from None
+    return Unit(ir, signature, files, translated.variables)
+
+
+def probing(ir: str) -> str:
+    """IR of which a frame larger than a page touches each of them, and so the guard below a thread's stack.
+
+    What ``-fstack-clash-protection`` does, which the compiler has for Linux only.
+    """
+    return re.sub(r"^(attributes #\d+ = \{)", r'\1 "probe-stack"="inline-asm"', ir, flags=re.MULTILINE)
 
 
 class Shown:

@@ -27,15 +27,15 @@ KINDS = (
     "simd-partial",
     "threadgroup-memory",
     "read-only-write",
-    "device-same-writes",
-    "threadgroup-same-writes",
+    "device-equal-writes",
+    "threadgroup-equal-writes",
     # Told by the launch itself, in either mode.
     "too-many-threads",
     "time-limit",
     "crash",
 )
 # Those that have another side.
-_RACES = ("device-race", "threadgroup-race", "device-same-writes", "threadgroup-same-writes")
+_RACES = ("device-race", "threadgroup-race", "device-equal-writes", "threadgroup-equal-writes")
 _ACCESS = ("read", "write", "atomic access", "atomic read", "atomic write")
 _OPERATIONS = (
     "reduction",
@@ -106,6 +106,11 @@ def places(site: Site) -> tuple[Place, ...]:
     return tuple(frame for frame in frames if not frame.file.startswith((OWN, "<launch>"))) or (Place(),)
 
 
+def path(frames: Sequence[Place]) -> str:
+    """A place and the calls that lead there; empty if there is none."""
+    return ", called from ".join(str(frame) for frame in frames)
+
+
 def _who(thread: int, group: tuple[int, int, int]) -> str:
     return f"thread {thread} of threadgroup {group}"
 
@@ -138,12 +143,13 @@ class Reader:
         group, other_group = abi.triple(raw.group), abi.triple(raw.other_group)
         race = kind in _RACES
         has_other = race or kind.endswith("divergence")
-        other = places(self.sites[raw.other_site])[0] if has_other and raw.other_site else None
+        others = places(self.sites[raw.other_site]) if has_other and raw.other_site else ()
+        other = others[0] if others else None
         in_threadgroup = kind.startswith("threadgroup") or (kind == "misaligned" and raw.detail & 16)
         buffer = self._variable(raw.buffer) if in_threadgroup else self.names.get(raw.buffer, "")
         return Finding(
             kind=kind,
-            message=self._message(kind, raw, buffer, _who(raw.thread, group), other),
+            message=self._message(kind, raw, buffer, _who(raw.thread, group), path(others)),
             place=here[0],
             called_from=here[1:],
             thread=raw.thread,
@@ -166,7 +172,7 @@ class Reader:
             self.variables[number - 1] if number <= len(self.variables) else f"threadgroup variable {number}"
         )
 
-    def _message(self, kind: str, raw: abi.Finding, buffer: str, who: str, other: Place | None) -> str:
+    def _message(self, kind: str, raw: abi.Finding, buffer: str, who: str, other: str) -> str:
         bytes_ = f"{raw.bytes} bytes" if raw.bytes != 1 else "1 byte"
         if kind.endswith("out-of-bounds"):
             if raw.offset < 0:
@@ -196,14 +202,16 @@ class Reader:
             )
         return self._schedule_message(kind, raw, who, other)
 
-    def _schedule_message(self, kind: str, raw: abi.Finding, who: str, other: Place | None) -> str:
+    def _schedule_message(self, kind: str, raw: abi.Finding, who: str, other: str) -> str:
         if kind == "barrier-divergence":
             if raw.detail2:
-                return f"{who} waits at this barrier, thread {raw.other_thread} at another one, {other}"
+                where = "in another round of its loop" if raw.size else f"at another one, {other}"
+                return f"{who} waits at this barrier, thread {raw.other_thread} {where}"
             return f"{who} waits at this barrier, {raw.detail} threads of the threadgroup have returned"
         operation = _OPERATIONS[raw.bytes] if raw.bytes < len(_OPERATIONS) else "simdgroup barrier"
         if kind == "simd-divergence":
-            elsewhere = f", thread {raw.other_thread} waits at {other}" if other else ""
+            where = "in another round of its loop" if raw.size else f"at {other}"
+            elsewhere = f", thread {raw.other_thread} waits {where}" if other else ""
             return (
                 f"{who}: {operation} by lanes {raw.detail:#010x} of the active {raw.detail2:#010x}{elsewhere}"
             )

@@ -159,10 +159,7 @@ def _compiled(function: Function) -> Any:
 def _emulator_kernel(function: Function, how: Emulation) -> Any:
     from ... import emulator
 
-    checked = how.mode == "check"
-    return emulator.metal_kernel(
-        **_construction(function), mode=how.mode, seed=how.seed, strict_races=checked
-    )
+    return emulator.metal_kernel(**_construction(function), mode=how.mode, seed=how.seed)
 
 
 def _emulated(

@@ -56,8 +56,8 @@ struct Launch {
   uint32_t shuffle;
   uint32_t os_threads;
   uint32_t meets;  // 0: the kernel has no barrier and no simd operation, a thread never waits
-  uint32_t strict_races;  // check mode: unordered writes of the same bytes are findings too
-  uint32_t flush;         // 1: operations take and give 0 for denormals of float and bfloat
+  uint32_t allow_equal_writes;  // check mode: unordered writes of the same bytes are no findings
+  uint32_t flush;               // 1: operations take and give 0 for denormals of float and bfloat
 };
 
 enum Status : uint32_t {

@@ -28,6 +28,7 @@ bool Check::open(uint32_t count) {
   sink = (uint8_t*)map(kSinkBytes);
   threadgroup_shadow = (Shadow*)map(kThreadgroupMapping * sizeof(Shadow));
   worker = make_worker();
+  filled = -1;
   return arena && sink && threadgroup_shadow && worker;
 }
 
@@ -217,6 +218,7 @@ void Check::simd_diverges(
   if (other)
     f.other_site = other->site, f.other_thread = other->thread;
   f.detail = mask, f.detail2 = other ? live : whole, f.bytes = first.operation;
+  f.size = other && other->pc == first.pc;
 }
 
 void Check::barrier_diverges(Worker&, Fiber& waits, Fiber* other, uint32_t returned) {
@@ -224,6 +226,7 @@ void Check::barrier_diverges(Worker&, Fiber& waits, Fiber* other, uint32_t retur
   if (other)
     f.other_site = other->site, f.other_thread = other->thread;
   f.detail = returned, f.detail2 = other != nullptr;
+  f.size = other && other->pc == waits.pc;
 }
 
 void Check::too_much_threadgroup_memory(Worker& w, uint32_t bytes, uint32_t site) {
@@ -239,6 +242,10 @@ void Check::place_variable(Worker& w, ThreadgroupVariable& v) {
 }  // namespace emulator
 
 using namespace emulator;
+
+MSL_EXPORT void msl_check_round(uint64_t round) {
+  current_fiber()->coming_round = round;
+}
 
 #define CHECK_SIZE(space, Space, kind, Kind, n)                                                   \
   MSL_EXPORT void* msl_check_##space##_##kind##_##n(void* p, uint32_t alignment, uint32_t site) { \
@@ -266,6 +273,14 @@ using namespace emulator;
     check.stored = nullptr;                                                          \
     return checked;                                                                  \
   }
+#define CHECK_FILL(space, Space)                                                   \
+  MSL_EXPORT void* msl_check_##space##_fill_n(void* p, uint8_t byte, uint64_t n,   \
+                                              uint32_t alignment, uint32_t site) { \
+    check.filled = byte;                                                           \
+    void* checked = n ? check.access(Space, p, n, alignment, site, kWrite) : p;    \
+    check.filled = -1;                                                             \
+    return checked;                                                                \
+  }
 #define CHECK_KIND(space, Space, kind, Kind) \
   CHECK_SIZE(space, Space, kind, Kind, 1)    \
   CHECK_SIZE(space, Space, kind, Kind, 2)    \
@@ -280,7 +295,7 @@ using namespace emulator;
   CHECK_STORE(space, Space, 4, uint32_t)             \
   CHECK_STORE(space, Space, 8, uint64_t)             \
   CHECK_STORE(space, Space, 16, unsigned __int128)   \
-  CHECK_ANY(space, Space, store, kWrite)             \
+  CHECK_FILL(space, Space)                           \
   CHECK_COPY(space, Space)                           \
   CHECK_KIND(space, Space, atomic, kUpdate)          \
   CHECK_KIND(space, Space, atomic_load, kAtomicRead) \

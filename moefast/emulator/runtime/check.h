@@ -22,8 +22,8 @@ enum Kind : uint32_t {
   kSimdPartial,
   kThreadgroupMemory,
   kReadOnlyWrite,
-  kDeviceSameWrites,
-  kThreadgroupSameWrites,
+  kDeviceEqualWrites,
+  kThreadgroupEqualWrites,
 };
 
 // Read by child.py.
@@ -33,7 +33,8 @@ struct Finding {
   uint32_t group[3], other_group[3];
   int32_t buffer;  // -1: none; threadgroup variables: their number
   uint32_t bytes;
-  int64_t offset, size;      // of the access in its buffer, of the buffer
+  int64_t offset, size;      // of the access in its buffer, of the buffer; divergence: size is 1
+                             // where the other side waits at the same place in another round
   uint32_t detail, detail2;  // access: 0 read, 1 write, 2 atomic; masks, counts
 };
 
@@ -102,6 +103,7 @@ struct Check : Listener {
   Finding findings[256];
   uint32_t finding_count;
   const void* stored;  // by the present write, if that is known
+  int32_t filled;      // with which byte the present write fills memory; -1: it does not
 
   bool open(uint32_t buffer_count);
   uint8_t* place(uint32_t slot) const { return arena + slot * kSlotBytes + kSlotBytes / 2; }

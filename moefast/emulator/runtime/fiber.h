@@ -22,8 +22,10 @@ struct Fiber {
   uint32_t flags;      // at a barrier: MemoryFlags
   uint32_t site;
   uint32_t bytes;
-  uint32_t slot;     // which of the two exchanges holds what this lane brought
-  uintptr_t pc;      // where it waits
+  uint32_t slot;          // which of the two exchanges holds what this lane brought
+  uintptr_t pc;           // where it waits
+  uint64_t round;         // of the loops around it; check mode only
+  uint64_t coming_round;  // of what it comes to next
   uintptr_t caller;  // where the kernel called what waits for it, if that is not the kernel itself
 };
 

@@ -72,7 +72,7 @@ static void run_simdgroup(Worker& worker, uint32_t simdgroup) {
         return;
     }
     Fiber *first = nullptr, *other = nullptr;
-    uint32_t live = 0, mask = 0;
+    uint32_t live = 0, mask = 0, together = 0;
     for (uint32_t lane = 0; lane < lanes; lane++) {
       Fiber& f = fiber(worker, from + lane);
       if (f.state == State::kReturned)
@@ -85,8 +85,11 @@ static void run_simdgroup(Worker& worker, uint32_t simdgroup) {
       return;
     for (uint32_t lane = 0; lane < lanes; lane++) {
       Fiber& f = fiber(worker, from + lane);
-      if (f.state == State::kAtSimd && f.pc == first->pc && f.operation == first->operation)
+      bool here = f.state == State::kAtSimd && f.pc == first->pc && f.operation == first->operation;
+      if (here)
         mask |= 1u << lane;
+      if (here && f.round == first->round)
+        together |= 1u << lane;
       else if (f.state != State::kReturned)
         other = &f;
     }
@@ -95,9 +98,10 @@ static void run_simdgroup(Worker& worker, uint32_t simdgroup) {
       // need all 32.
       uint32_t there = lanes < kLanes ? (1u << lanes) - 1 : ~0u;
       uint32_t whole = first->operation == kBarrierOperation ? there : ~0u;
-      if (!complete(*first, mask, live) || !complete(*first, mask, whole))
-        worker.listener->simd_diverges(
-            worker, *first, complete(*first, mask, live) ? nullptr : other, mask, live, whole);
+      if (!complete(*first, together, live) || !complete(*first, together, whole))
+        worker.listener->simd_diverges(worker, *first,
+                                       complete(*first, together, live) ? nullptr : other, together,
+                                       live, whole);
     }
     release(worker, simdgroup, mask, *first);
   }
@@ -106,7 +110,7 @@ static void run_simdgroup(Worker& worker, uint32_t simdgroup) {
 // All that have not returned wait at a barrier; false if all have returned.
 static bool open_barrier(Worker& worker) {
   Fiber *first = nullptr, *other = nullptr;
-  uint32_t returned = 0;
+  uint32_t returned = 0, flags = ~0u;
   for (uint32_t i = 0; i < worker.threads; i++) {
     Fiber& f = fiber(worker, i);
     if (f.state == State::kReturned) {
@@ -115,8 +119,9 @@ static bool open_barrier(Worker& worker) {
     }
     if (!first)
       first = &f;
-    else if (f.pc != first->pc && !other)
+    else if ((f.pc != first->pc || f.round != first->round) && !other)
       other = &f;
+    flags &= f.flags;
     f.state = State::kRunnable;
   }
   if (!first)
@@ -125,7 +130,7 @@ static bool open_barrier(Worker& worker) {
   if (worker.listener) {
     if (other || returned)
       worker.listener->barrier_diverges(worker, *first, other, returned);
-    worker.listener->barrier_passed(worker, first->flags);
+    worker.listener->barrier_passed(worker, flags);
   }
   return true;
 }
@@ -186,10 +191,10 @@ uint32_t threadgroup_variable(
 using namespace emulator;
 
 // The place in the kernel from which a thread came to wait.
-static uintptr_t waits_at(Fiber& me, void* returns_to) {
-  uintptr_t pc = me.caller ? me.caller : (uintptr_t)returns_to;
-  me.caller = 0;
-  return pc;
+static void waits_at(Fiber& me, void* returns_to) {
+  me.pc = me.caller ? me.caller : (uintptr_t)returns_to;
+  me.round = me.coming_round;
+  me.caller = me.coming_round = 0;
 }
 
 MSL_EXPORT void msl_call_from(uintptr_t address) {
@@ -212,7 +217,7 @@ MSL_EXPORT Exchange* msl_simd_exchange(const void* value,
   me.bytes = bytes;
   me.operation = operation;
   me.site = site;
-  me.pc = waits_at(me, __builtin_return_address(0));
+  waits_at(me, __builtin_return_address(0));
   wait(me, State::kAtSimd);
   return &worker.exchange[simdgroup][me.slot];
 }
@@ -222,7 +227,7 @@ MSL_EXPORT void msl_simd_barrier(uint32_t flags, uint32_t site) {
   me.operation = kBarrierOperation;
   me.flags = flags;
   me.site = site;
-  me.pc = waits_at(me, __builtin_return_address(0));
+  waits_at(me, __builtin_return_address(0));
   wait(me, State::kAtSimd);
 }
 
@@ -230,7 +235,7 @@ MSL_EXPORT void msl_threadgroup_barrier(uint32_t flags, uint32_t site) {
   Fiber& me = *current_fiber();
   me.flags = flags;
   me.site = site;
-  me.pc = waits_at(me, __builtin_return_address(0));
+  waits_at(me, __builtin_return_address(0));
   wait(me, State::kAtBarrier);
 }
 

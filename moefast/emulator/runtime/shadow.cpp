@@ -66,6 +66,8 @@ void Check::follow(Shadow* shadow,
   Now at = {group_start, barrier_time[memory], simd_time[memory][me.thread / kLanes],
             (uint16_t)me.thread};
   bool raced = false, missing = false;
+  Shadow equal;  // of an unordered write of the same byte
+  uint64_t equal_at = bytes;
   for (uint64_t i = 0; i < bytes; i++) {
     Shadow& s = shadow[i];
     // Threadgroup memory starts anew with each threadgroup: what was there is gone.
@@ -79,16 +81,19 @@ void Check::follow(Shadow* shadow,
       f.buffer = buffer, f.offset = (int64_t)(offset + i), f.size = (int64_t)size,
       f.bytes = (uint32_t)bytes;
     }
-    // Whichever of two writes of the same value comes last, the result is that value: MLX's mat-vec
-    // kernels let several simdgroups compute the last rows. Reported only if asked for.
-    bool same = access == kWrite && stored && ((const uint8_t*)stored)[i] == p[i];
+    // Whichever of two writes of the same value comes last, the result is that value: a race of a
+    // kind of its own, if that holds for all of the access.
+    int32_t byte = stored ? ((const uint8_t*)stored)[i] : filled;
+    bool same = access == kWrite && byte == p[i];
     bool both_atomic = is_atomic(access) && s.write_flags & kAtomic;
-    if (!raced && !both_atomic && (!same || worker->launch->strict_races) &&
-        unordered(at, s.write_time, s.write_thread, s.write_flags)) {
-      Kind different = memory ? kThreadgroupRace : kDeviceRace;
-      Kind equal = memory ? kThreadgroupSameWrites : kDeviceSameWrites;
-      race(same ? equal : different, s, true, site, access, buffer, offset + i, size, bytes);
-      raced = !same;
+    if (!raced && !both_atomic && unordered(at, s.write_time, s.write_thread, s.write_flags)) {
+      if (!same) {
+        race(memory ? kThreadgroupRace : kDeviceRace, s, true, site, access, buffer, offset + i,
+             size, bytes);
+        raced = true;
+      } else if (equal_at == bytes) {
+        equal = s, equal_at = i;
+      }
     }
     bool atomic_readers = is_atomic(access) && s.read_flags & kAtomic;
     if (!raced && !reads_only(access) && !atomic_readers &&
@@ -109,6 +114,9 @@ void Check::follow(Shadow* shadow,
       s.write_time = now, s.write_thread = at.thread, s.write_site = site;
     }
   }
+  if (!raced && equal_at < bytes && !worker->launch->allow_equal_writes)
+    race(memory ? kThreadgroupEqualWrites : kDeviceEqualWrites, equal, true, site, access, buffer,
+         offset + equal_at, size, bytes);
 }
 
 void Check::race(Kind kind,

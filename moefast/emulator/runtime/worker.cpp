@@ -225,7 +225,7 @@ bool run_threadgroup(Worker& worker, uint32_t x, uint32_t y, uint32_t z) {
     f.worker = &worker;
     f.state = State::kRunnable;
     f.thread = i;
-    f.caller = 0;
+    f.caller = f.coming_round = 0;
     f.context = common;
     fill_own(worker, i, f.context);
     f.stack =
