@@ -41,6 +41,7 @@ IDIOMS = [
     Program("type of a traits class", 7, "out[i] = f<half>(half4(1, 2, 3, 4));", "template <typename T> struct Wide; template <> struct Wide<half> { typedef float4 type; }; template <typename T> float f(vec<T, 4> v) { using W = typename Wide<T>::type; W w = W(v); W z = (typename Wide<T>::type)v; return w.z + z.w; }"),
     Program("vec<T, N>(v)", 10, "out[i] = f<float, 2>(int2(3, 4)) + f<half, 3>(int3(1, 2, 3));", "template <typename T, int N> float f(vec<int, N> v) { vec<T, N> a = vec<T, N>(v); vec<T, N> b = (vec<T, N>)v; return a[N - 1] + b[0] * 0 + static_cast<vec<T, N>>(v)[N - 1] * 0 + (N == 3 ? 3 : 0); }"),
     Program("vec<bool, N> by typedef", 2, "F<bool> f; f.v[0] = true; f.v[1] = true; f.v[2] = f.v[3] = false; F<float> g; g.v[0] = 1; out[i] = f.v[0] + f.v[1] + f.v[2] + g.v[0] - 1;", "template <typename T> struct F { typedef metal::vec<T, 4> type; type v; };"),
+    Program("T beside a conversion operator to T", 2, "out[i] = float(f<half>(bfloat(2.0f)));", "struct C { float v; template <typename U> operator U() const { return U(v); } }; template <typename U, typename T> U f(T v) { return static_cast<U>(v); }"),
     Program("pack of casts", 6, "out[i] = f<float>(1, 2u, 3.5h);", "template <typename T, typename... A> T f(A... a) { return (T(int(a)) + ...); }"),
     # Classes by value from any memory.
     Program("constant class by value", 7, "out[i] = f(p0) + g(p0, 1);", _PARAMS + " constant Params p0 = {2, 1.0f, {1, 2, 3}}; inline float f(Params p) { return p.n + p.scale + p.v.z; } inline float g(Params p, int k) { return k; }"),

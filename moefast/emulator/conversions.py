@@ -29,7 +29,12 @@ class Conversions:
         self.structure = structure
         self.edits = edits
         self.bodies = sorted(f.body for f in structure.functions if f.body != (0, 0))
-        functions = {self.tokens[f.name].text for f in structure.functions}
+        # But conversion operators, `operator T()`.
+        functions = {
+            self.tokens[f.name].text
+            for f in structure.functions
+            if self.tokens[f.name - 1].text != "operator"
+        }
         self.dependent = structure.dependent - structure.classes - structure.vector_aliases - functions
 
     def name(self, i: int, text: str) -> None:
