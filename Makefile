@@ -35,11 +35,17 @@ $(STAMP): pyproject.toml CMakeLists.txt $(BUILT_FROM)
 	  --editable ".[cpu,dev]"
 	@touch $@
 
+# A process for each usable core (one: ARGS="-n 0"). Not in pyproject.toml: `pytest tests/test_x.py` is one process.
+# Tests next to each other mostly keep to one process, which builds what their module shares. No --dist loadgroup:
+# under pytest 9.2, pytest-xdist 3.8 takes no notice of its marks. The limit of a test is far above those of the programs
+# that tests start: one that strikes while pytest writes the report of a failure is an internal error, which ends the run.
+PARALLEL := -n logical --dist worksteal --timeout 300
+
 test: $(STAMP)  ## run the test suite without the slow tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP)  ## run the test suite, slow tests included
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest -m "" $(PARALLEL) $(ARGS)
 
 include csrc/checks.mk  # test-asan, test-tsan, test-neon
 

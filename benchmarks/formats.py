@@ -79,7 +79,7 @@ def stock_product(x: mx.array, p: Projection) -> mx.array:
 
 def stock_experts(weights: ExpertWeights) -> SwitchGLU:
     """mlx-lm's layer on the same arrays."""
-    layer = SwitchGLU(64, 64, 1)
+    layer = SwitchGLU(128, 128, 1)  # any widths that every group size divides: the arrays are replaced
     for name in ("gate", "up", "down"):
         p, linear = getattr(weights, name), layer[f"{name}_proj"]
         if p.quant is not None:

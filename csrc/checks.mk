@@ -3,6 +3,8 @@
 
 configure = $(BIN)/cmake -S . -B build/$(1) -G Ninja -DMOEFAST_TESTS=ON
 comma := ,
+# Programs of one thread each, most of them: as many at once as there are cores.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 
 # -- sanitizers: of GCC. The kernels alone, neither Python nor MLX is built with them ------------------------
 
@@ -13,12 +15,13 @@ preload = LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-fi
 # Where addresses are spread more widely than it knows, the thread sanitizer refuses to start.
 NO_ASLR := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
-# Leaks are looked for in the C++ tests only: Python has many.
+# Leaks are looked for in the C++ tests only: Python has many. What a sanitizer finds ends the process of pytest it is
+# found in; pytest then names the test.
 test-asan: $(STAMP)  ## run the C++ tests and the kernels' tests under ASan and UBSan
 	$(call configure,asan) -DMOEFAST_SANITIZE=address$(comma)undefined $(for_this_python)
 	$(BIN)/cmake --build build/asan --target moefast_tests _kernels
-	$(BIN)/ctest --test-dir build/asan --no-tests=error --output-on-failure --label-exclude speed
-	ASAN_OPTIONS=detect_leaks=0 $(call preload,asan) $(call test_kernels,asan) $(ARGS)
+	$(BIN)/ctest --test-dir build/asan --no-tests=error --output-on-failure --label-exclude speed --parallel $(CORES)
+	ASAN_OPTIONS=detect_leaks=0 $(call preload,asan) $(call test_kernels,asan) $(PARALLEL) $(ARGS)
 
 # Portable code only: threads are the same for all instruction sets. (pytest captures what a sanitizer writes.)
 # No fork() among threads, which the sanitizer's own runtime does not live through in Python; the pool's tests do fork.
@@ -56,7 +59,7 @@ test-neon: $(CROSS)  ## cross-compile the kernels for ARM (Linux, macOS); test t
 	  -DCMAKE_CROSSCOMPILING_EMULATOR=$(QEMU) '-DMOEFAST_TEST_ISAS=neon;portable'
 	$(BIN)/cmake --build build/neon --target isa_tests
 	@if [ -n "$(ARM)$(QEMU)" ]; then \
-	  $(BIN)/ctest --test-dir build/neon --no-tests=error --output-on-failure --label-regex isa; \
+	  $(BIN)/ctest --test-dir build/neon --no-tests=error --output-on-failure --label-regex isa --parallel $(CORES); \
 	else \
 	  echo "test-neon: compiled, but NOT RUN: no qemu-aarch64 was found (Debian: apt install qemu-user)"; \
 	fi

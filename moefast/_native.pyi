@@ -54,6 +54,21 @@ class Operator:
         low: int,
         high: int,
     ) -> mx.array | None: ...
+    def moe_inputs_of(
+        self,
+        device: mx.DeviceType,
+        x: mx.array,
+        logits: mx.array,
+        bias: mx.array | None,
+        experts: object,
+        shared: object | None,
+        shared_gate: object | None,
+        types: tuple[type, ...],
+        low: int,
+        high: int,
+    ) -> tuple[mx.array, ...] | None:
+        """The arrays of such a call, for kernels that are launched on ``device``. None also where MLX traces
+        a transformation, or a weight does not lie row by row in memory."""
 
 def plan(
     op: str,

@@ -72,7 +72,8 @@ class Bound(NamedTuple):
             has no such way. It answers None when the call is of another kind by now: other shapes, dtypes,
             arrays or types of layers, or not ``low..high`` tokens. ``quantized_matmul`` and ``embed``: ``(x,
             layer, type, low, high)``. ``moe``: ``(x, logits, selection_bias, experts, shared, shared_gate,
-            types, low, high)``, ``types`` being those of the projections in that order.
+            types, low, high)``, ``types`` being those of experts and its projections, of shared and its, and
+            of shared_gate.
     """
 
     run: Callable[..., Any]
@@ -271,6 +272,9 @@ class Registry:
         self._override.reset(token)
 
 
+_CPU = mx.Device(mx.cpu, 0)
+
+
 def device_name() -> str:
     """``cpu`` or ``gpu``: where MLX would run an operation issued now."""
-    return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+    return "cpu" if mx.default_device() == _CPU else "gpu"

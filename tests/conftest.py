@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -28,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
         spec.loader.exec_module(module)
         sys.modules["moefast._kernels"] = module
 
+
+# Examples are not timed: `make test` runs other tests beside them.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 BACKENDS = [name for name, reason in moefast.backends().items() if reason is None]
 

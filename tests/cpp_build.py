@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,14 @@ def cache() -> dict[str, str]:
     if variables.get("CMAKE_CXX_COMPILER", "NOTFOUND").endswith("NOTFOUND"):
         pytest.skip("moefast was built without a C++ compiler")
     return variables
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """One process at a time builds there: ninja itself does not see to it."""
+    with (FOLDER / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def run(*command: str | Path) -> str:

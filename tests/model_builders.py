@@ -19,7 +19,7 @@ from model_cases import Config
 from moefast import ops
 from moefast.models import get_classes
 from moefast.models.dbrx import unstack_experts
-from moefast.nn import MoE
+from moefast.nn import moe
 
 Weights = dict[str, mx.array]
 
@@ -117,13 +117,15 @@ def recorded_routings() -> Iterator[list[mx.array]]:
     """Collects the experts chosen by every MoE block of our models that runs meanwhile, in order:
     ``[batch, length, top_k]``, sorted."""
     found: list[mx.array] = []
-    run = MoE._recalled
+    run = moe.recalled
 
-    def spy(block: MoE, x: mx.array, logits: mx.array, bias: mx.array | None) -> mx.array | None:
+    def spy(
+        block: moe.MoE, x: mx.array, logits: mx.array, bias: mx.array | None, *others: Any
+    ) -> mx.array | None:
         found.append(mx.sort(ops.route(logits, block.spec, selection_bias=bias).indices, axis=-1))
-        return run(block, x, logits, bias)
+        return run(block, x, logits, bias, *others)
 
-    with mock.patch.object(MoE, "_recalled", spy):
+    with mock.patch.object(moe, "recalled", spy):
         yield found
 
 

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.timeout(900)  # they are compiled first
 def ctest() -> str:
     """The program that runs them, once they are up to date."""
     cache = cpp_build.cache()
-    cpp_build.run(cache["CMAKE_COMMAND"], "--build", cpp_build.FOLDER, "--target", "moefast_tests")
+    with cpp_build.locked():
+        cpp_build.run(cache["CMAKE_COMMAND"], "--build", cpp_build.FOLDER, "--target", "moefast_tests")
     return cache["CMAKE_CTEST_COMMAND"]
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from emulator_idioms import IDIOMS
 from emulator_programs import PROGRAMS, Program
 
 from moefast import emulator
@@ -28,8 +29,9 @@ using namespace metal;
 """
 # Programs with nothing outside the kernel share one, which is built once.
 TOGETHER = 20
-ALONE = [program for program in PROGRAMS if program.outside]
-PLAIN = [program for program in PROGRAMS if not program.outside]
+ALL = [*PROGRAMS, *IDIOMS]
+ALONE = [program for program in ALL if program.outside]
+PLAIN = [program for program in ALL if not program.outside]
 GROUPS = [
     *(PLAIN[i : i + TOGETHER] for i in range(0, len(PLAIN), TOGETHER)),
     *([program] for program in ALONE),

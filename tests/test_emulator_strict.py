@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
+from emulator_refusals import ROWS
 
 from moefast import emulator
 from moefast.env import settings
@@ -366,7 +367,7 @@ def compile_case(case: Case) -> None:
     emulator.compile(KERNEL.format(outside=case.outside, inside=case.inside), "probe", name="probe.metal")
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*REFUSED, *(Case(*row) for row in ROWS)], ids=lambda case: case.name)
 def test_refused(case: Case) -> None:
     with pytest.raises(emulator.CompileError) as caught:
         compile_case(case)

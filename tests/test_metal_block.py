@@ -90,7 +90,9 @@ def test_launches_and_their_chain(family: str, tokens: int) -> None:
     block.eval()
     x = mx.random.normal((tokens, HIDDEN)).astype(mx.bfloat16)
     logits = block.gate.logits(x).astype(mx.float32)  # rounded scores would tie where the oracle's do not
-    weights, others = block.switch_mlp.expert_weights(), block._shared_expert()
+    gate = block.shared_expert_gate if "shared_gate" in shared else None
+    weights = block.switch_mlp.expert_weights()
+    others = block.shared_experts.shared_expert(gate) if shared else None
     mx.eval(x, logits)
     with emulated(check=False) as launches:
         y = moe(x, logits, spec, weights, shared=others, backend="metal")

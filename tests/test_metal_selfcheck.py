@@ -62,10 +62,8 @@ def test_a_kernel_that_does_not_compile_fails_alone(monkeypatch: pytest.MonkeyPa
 
 def test_a_kernel_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "_PACKINGS", (None,))
-    bind = metal.decode.bind_down_combine
-    monkeypatch.setattr(
-        metal.decode, "bind_down_combine", lambda *how: lambda *arrays: bind(*how)(*arrays) * 1.05
-    )
+    right = metal.decode.down_combine
+    monkeypatch.setattr(metal.decode, "down_combine", lambda *args, **kw: 1.05 * right(*args, **kw))
     with emulated(check=False):
         report = selfcheck.check()
     assert set(report.failed) == {"decode"}

@@ -37,7 +37,7 @@ if "numpy" in sys.argv:
 import mlx.core as mx
 from moefast import *
 from moefast.backends import native
-from moefast.ops import Rotation, attention, cached_attention, embed, rms_norm, rope
+from moefast.ops import Rotation, add_rms_norm, attention, cached_attention, embed, rms_norm, rope
 
 mx.set_default_device(mx.cpu)
 assert ("numpy" in sys.argv) == (native.bindings().native is None)
@@ -80,6 +80,8 @@ CALLS = {
     "route": lambda: route(logits, spec).weights,
     "attention": lambda: attention(heads, heads, heads, scale=0.1, causal=True),
     "rms_norm": lambda: rms_norm(x, None, 1e-6),
+    "add_rms_norm": lambda: add_rms_norm(x, x, None, 1e-6, multiplier=0.22),
+    "a norm without its sum": lambda: add_rms_norm(x, x, None, 1e-6)[1],
     "rope": lambda: rope(heads, dims=64, base=1e4, offset=3),
     "cached_attention": lambda: cached_attention(
         x[None], x[None], x[None], room, room, offset=2, rotation=turn, scale=0.1, causal=True
@@ -108,7 +110,17 @@ _ROOM = 1 << 20
 @pytest.mark.parametrize(
     ("call", "times", "binding"),
     [
-        *((call, 10_000, "primitives") for call in ("rms_norm", "rope", "cached_attention", "embed")),
+        *(
+            (call, 10_000, "primitives")
+            for call in (
+                "rms_norm",
+                "add_rms_norm",
+                "a norm without its sum",
+                "rope",
+                "cached_attention",
+                "embed",
+            )
+        ),
         *(
             (call, 1_000 if call == "gradient" else 10_000, binding)
             for call in (

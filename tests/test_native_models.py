@@ -19,7 +19,7 @@ from model_cases import FULL
 import moefast
 from moefast.backends.native import loading
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +42,7 @@ def run(program: str, *arguments: str, **environment: str) -> subprocess.Complet
         env=os.environ | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
-        timeout=115,
+        timeout=240,
     )
 
 

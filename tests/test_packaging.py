@@ -21,8 +21,6 @@ from moefast.paths import kernels_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
-pytestmark = pytest.mark.timeout(900)  # it compiles
-
 # The kernels are compiled here once more, out of the sdist.
 pytestmark = pytest.mark.timeout(900)
 

@@ -241,6 +241,22 @@ int moefast_norm(moefast_engine* engine,
                  void* out,
                  int32_t out_dtype);
 
+/* sum = x + multiplier * branch, rows of as many values, and out = the norm of what is stored
+ * there. The multiplier is rounded to branch.dtype, and so are its products: the same bits as from
+ * the operations one by one. sum, out [count, dims]. */
+int moefast_add_norm(moefast_engine* engine,
+                     const moefast_rows* x,
+                     const moefast_rows* branch,
+                     float multiplier,
+                     const moefast_vector* weight,
+                     const moefast_vector* bias,
+                     float eps,
+                     int32_t centered,
+                     void* sum,
+                     int32_t sum_dtype,
+                     void* out,
+                     int32_t out_dtype);
+
 /* Rotary positions of the first `rotated` values of each row: pair i (values i and rotated / 2 + i,
  * or 2 i and 2 i + 1 where `traditional`) of row r of batch b turns by the angle
  * scale * (offsets[b] + r) / freqs[i]. freqs [rotated / 2]; NULL: base^(2 i / rotated). Rounded

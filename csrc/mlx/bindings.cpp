@@ -79,22 +79,23 @@ class Operator {
   }
 
   nb::object matmul_of(
-      const mx::array& x, nb::handle layer, nb::handle type, size_t low, size_t high) const {
-    auto inputs = start({x});
-    if (!still_fits(x, low, high) || !append_layer(layer, type, plan_->weights[0], inputs)) {
+      nb::handle x, nb::handle layer, nb::handle type, size_t low, size_t high) const {
+    Gathered inputs;
+    if (!begin(inputs, x, low, high, mx::Device::cpu) ||
+        !append_layer(layer, type, plan_->weights[0], inputs)) {
       return nb::none();
     }
-    return if_fitting(std::move(inputs));
+    return if_fitting(std::move(inputs.arrays));
   }
 
   // Of several layers: the outputs as a list.
-  nb::object matmuls_of(const mx::array& x,
+  nb::object matmuls_of(nb::handle x,
                         const nb::tuple& layers,
                         const nb::tuple& types,
                         size_t low,
                         size_t high) const {
-    auto inputs = start({x});
-    if (!still_fits(x, low, high) || layers.size() != plan_->weights.size()) {
+    Gathered inputs;
+    if (!begin(inputs, x, low, high, mx::Device::cpu) || layers.size() != plan_->weights.size()) {
       return nb::none();
     }
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -103,15 +104,16 @@ class Operator {
       }
     }
     try {
-      return nb::cast(apply(plan_, std::move(inputs)));
+      return nb::cast(apply(plan_, std::move(inputs.arrays)));
     } catch (const std::invalid_argument&) {
       return nb::none();
     }
   }
 
-  // `types` of the projections of experts, of shared, and of shared_gate, as far as they are there.
-  nb::object moe_of(const mx::array& x,
-                    const mx::array& logits,
+  // `types` of experts and its projections, of shared and its, and of shared_gate, as far as they
+  // are there.
+  nb::object moe_of(nb::handle x,
+                    nb::handle logits,
                     nb::handle bias,
                     nb::handle experts,
                     nb::handle shared,
@@ -119,16 +121,43 @@ class Operator {
                     const nb::tuple& types,
                     size_t low,
                     size_t high) const {
-    auto inputs = start({x, logits});
-    add(inputs, bias);
-    const auto& plan = *plan_;
-    if (!still_fits(x, low, high) || !append_layers(experts, types, 0, *plan.experts, inputs) ||
-        (plan.shared && !append_layers(shared, types, 3, *plan.shared, inputs)) ||
-        (plan.shared_gate &&
-         !append_layer(shared_gate, types[types.size() - 1], *plan.shared_gate, inputs))) {
+    Gathered inputs;
+    if (!begin(inputs, x, low, high, mx::Device::cpu) || !inputs.add(logits) ||
+        (!bias.is_none() && !inputs.add(bias)) ||
+        !append_block(experts, shared, shared_gate, types, *plan_, inputs)) {
       return nb::none();
     }
-    return if_fitting(std::move(inputs));
+    return if_fitting(std::move(inputs.arrays));
+  }
+
+  // The inputs of moe_of as a flat tuple, for kernels that are launched from Python on `device`.
+  // None also where MLX traces a transformation, which those cannot serve, or where a weight does
+  // not lie row by row in memory that it has already.
+  nb::object moe_inputs_of(mx::Device::DeviceType device,
+                           nb::handle x,
+                           nb::handle logits,
+                           nb::handle bias,
+                           nb::handle experts,
+                           nb::handle shared,
+                           nb::handle shared_gate,
+                           const nb::tuple& types,
+                           size_t low,
+                           size_t high) const {
+    Gathered inputs;
+    if (!begin(inputs, x, low, high, device) || !inputs.add(logits) ||
+        (!bias.is_none() && !inputs.add(bias))) {
+      return nb::none();
+    }
+    const size_t own = inputs.arrays.size();
+    if (!append_block(experts, shared, shared_gate, types, *plan_, inputs)) {
+      return nb::none();
+    }
+    const auto& arrays = inputs.arrays;
+    if (std::any_of(arrays.begin(), arrays.end(), [](const auto& a) { return a.is_tracer(); }) ||
+        !std::all_of(arrays.begin() + own, arrays.end(), lies_in_rows) || !plan_->fits(arrays)) {
+      return nb::none();
+    }
+    return nb::steal(tuple_of(inputs.objects));
   }
 
  private:
@@ -151,10 +180,31 @@ class Operator {
     return apply(plan_, std::move(inputs))[0];
   }
 
-  static bool still_fits(const mx::array& x, size_t low, size_t high) {
-    const size_t dims = x.ndim() > 0 ? static_cast<size_t>(x.shape(-1)) : 0;
-    return dims > 0 && low * dims <= x.size() && x.size() / dims <= high &&
-           mx::default_device() == mx::Device::cpu;
+  // Takes x, the first of the inputs, if it has low..high tokens.
+  bool begin(Gathered& inputs, nb::handle x, size_t low, size_t high, mx::Device device) const {
+    inputs.reserve(static_cast<size_t>(plan_->num_inputs));
+    if (!inputs.add(x)) {
+      return false;
+    }
+    const auto& array = inputs.arrays[0];
+    const size_t dims = array.ndim() > 0 ? static_cast<size_t>(array.shape(-1)) : 0;
+    return dims > 0 && low * dims <= array.size() && array.size() / dims <= high &&
+           mx::default_device() == device;
+  }
+
+  static bool lies_in_rows(const mx::array& array) {
+    return array.status() != mx::array::Status::unscheduled && array.flags().row_contiguous;
+  }
+
+  static PyObject* tuple_of(const std::vector<nb::handle>& objects) {
+    PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(objects.size()));
+    if (tuple == nullptr) {
+      nb::raise_python_error();
+    }
+    for (size_t i = 0; i < objects.size(); ++i) {
+      PyTuple_SET_ITEM(tuple, static_cast<Py_ssize_t>(i), objects[i].inc_ref().ptr());
+    }
+    return tuple;
   }
 
   nb::object if_fitting(Arrays inputs) const {
@@ -231,7 +281,10 @@ NB_MODULE(_native, m) {
       .def("matmul_of", &Operator::matmul_of)
       .def("matmuls_of", &Operator::matmuls_of)
       .def("moe_of", &Operator::moe_of, "x"_a, "logits"_a, "bias"_a.none(), "experts"_a,
-           "shared"_a.none(), "shared_gate"_a.none(), "types"_a, "low"_a, "high"_a);
+           "shared"_a.none(), "shared_gate"_a.none(), "types"_a, "low"_a, "high"_a)
+      .def("moe_inputs_of", &Operator::moe_inputs_of, "device"_a, "x"_a, "logits"_a,
+           "bias"_a.none(), "experts"_a, "shared"_a.none(), "shared_gate"_a.none(), "types"_a,
+           "low"_a, "high"_a);
 
   m.def("plan", &plan, "op"_a, "dtypes"_a, nb::kw_only(), "spec"_a = none, "layout"_a = none,
         "shared"_a = none, "shared_gate"_a = none, "combine_dtype"_a = none, "out_dtype"_a,
@@ -243,6 +296,10 @@ NB_MODULE(_native, m) {
         "position_scale"_a, "freqs"_a.none(), "scale"_a, "causal"_a);
   m.def("rms_norm", &rms_norm, "x"_a, "weight"_a.none(), "eps"_a);
   m.def("layer_norm", &layer_norm, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
+  m.def("add_rms_norm", &add_rms_norm, "x"_a, "branch"_a, "weight"_a.none(), "eps"_a,
+        "multiplier"_a);
+  m.def("add_layer_norm", &add_layer_norm, "x"_a, "branch"_a, "weight"_a.none(), "bias"_a.none(),
+        "eps"_a, "multiplier"_a);
   m.def("rope", &rope, "x"_a, "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a, "offset"_a,
         "freqs"_a.none());
   m.def("embed", &embed, "indices"_a, "weight"_a, "scales"_a, "biases"_a.none(),

@@ -190,11 +190,12 @@ nb::object embed_of(int group_size,
   there.biases = affine ? 0 : -1;
   there.scales = 0;
   there.global_scale = has_global_scale ? 0 : -1;
-  std::vector<mx::array> found;
+  Gathered gathered;
   if (indices.size() < low || indices.size() > high || mx::default_device() != mx::Device::cpu ||
-      !append_layer(layer, type, there, found)) {
+      !append_layer(layer, type, there, gathered)) {
     return nb::none();
   }
+  const auto& found = gathered.arrays;
   const auto last = found.size() > 2 ? Maybe(found[2]) : std::nullopt;
   try {
     return nb::cast(embed(indices, found[0], found[1], affine ? last : std::nullopt,

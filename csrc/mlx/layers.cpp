@@ -20,23 +20,27 @@ const Keys& keys() {
   return *keys;
 }
 
+// Borrowed, or null.
+PyObject* item(nb::handle dictionary, PyObject* key) {
+  PyObject* const found = PyDict_GetItemWithError(dictionary.ptr(), key);
+  if (found == nullptr && PyErr_Occurred() != nullptr) {
+    nb::raise_python_error();
+  }
+  return found;
+}
+
 // Appends the array under `key`, or finds that there is none where none is expected.
-bool append(nb::handle layer, PyObject* key, bool expected, std::vector<mx::array>& inputs) {
-  PyObject* const found = PyDict_GetItem(layer.ptr(), key);  // borrowed
+bool append(nb::handle layer, PyObject* key, bool expected, Gathered& inputs) {
+  PyObject* const found = item(layer, key);
   const bool there = found != nullptr && found != Py_None;
   if (!there || !expected) {
     return there == expected;
   }
-  const nb::handle array(found);
-  if (!nb::isinstance<mx::array>(array)) {
-    return false;
-  }
-  inputs.push_back(*nb::inst_ptr<mx::array>(array));
-  return true;
+  return inputs.add(found);
 }
 
-nb::handle child(nb::handle layers, PyObject* key) {
-  return PyDict_Check(layers.ptr()) ? PyDict_GetItem(layers.ptr(), key) : nullptr;
+bool is_layer(nb::handle layer, nb::handle type) {
+  return layer && layer.type().ptr() == type.ptr() && PyDict_Check(layer.ptr());
 }
 
 }  // namespace
@@ -53,11 +57,24 @@ void Weights::append_to(std::vector<mx::array>& inputs) const {
   }
 }
 
-bool append_layer(nb::handle layer,
-                  nb::handle type,
-                  const Weight& weight,
-                  std::vector<mx::array>& inputs) {
-  if (!layer || !PyDict_Check(layer.ptr()) || layer.type().ptr() != type.ptr()) {
+void Gathered::reserve(size_t size) {
+  arrays.reserve(size);
+  objects.reserve(size);
+}
+
+bool Gathered::add(nb::handle object) {
+  static const PyObject* const array_type = nb::type<mx::array>().ptr();
+  const auto* const type = reinterpret_cast<const PyObject*>(Py_TYPE(object.ptr()));
+  if (type != array_type && !nb::isinstance<mx::array>(object)) {
+    return false;
+  }
+  arrays.push_back(*nb::inst_ptr<mx::array>(object));
+  objects.push_back(object);
+  return true;
+}
+
+bool append_layer(nb::handle layer, nb::handle type, const Weight& weight, Gathered& inputs) {
+  if (!is_layer(layer, type)) {
     return false;
   }
   const auto& key = keys();
@@ -68,19 +85,29 @@ bool append_layer(nb::handle layer,
          append(layer, key.global_scale, weight.global_scale >= 0, inputs);
 }
 
-bool append_layers(nb::handle layers,
-                   const nb::tuple& types,
-                   size_t first_type,
-                   const Network& network,
-                   std::vector<mx::array>& inputs) {
+bool append_network(nb::handle layers,
+                    const nb::tuple& types,
+                    size_t first_type,
+                    const Network& network,
+                    Gathered& inputs) {
   const auto& key = keys();
-  if (types.size() < first_type + 3) {
-    return false;
-  }
-  return network.gate &&
-         append_layer(child(layers, key.gate_proj), types[first_type], *network.gate, inputs) &&
-         append_layer(child(layers, key.up_proj), types[first_type + 1], network.up, inputs) &&
-         append_layer(child(layers, key.down_proj), types[first_type + 2], network.down, inputs);
+  const auto type = [&](size_t i) { return types[first_type + i]; };
+  return network.gate && types.size() >= first_type + 4 && is_layer(layers, type(0)) &&
+         append_layer(item(layers, key.gate_proj), type(1), *network.gate, inputs) &&
+         append_layer(item(layers, key.up_proj), type(2), network.up, inputs) &&
+         append_layer(item(layers, key.down_proj), type(3), network.down, inputs);
+}
+
+bool append_block(nb::handle experts,
+                  nb::handle shared,
+                  nb::handle shared_gate,
+                  const nb::tuple& types,
+                  const Plan& plan,
+                  Gathered& inputs) {
+  return append_network(experts, types, 0, *plan.experts, inputs) &&
+         (!plan.shared || append_network(shared, types, 4, *plan.shared, inputs)) &&
+         (!plan.shared_gate ||
+          append_layer(shared_gate, types[types.size() - 1], *plan.shared_gate, inputs));
 }
 
 }  // namespace moefast::binding

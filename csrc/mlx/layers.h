@@ -25,20 +25,37 @@ class Weights {
   std::vector<nb::object> arrays_;
 };
 
+// The arrays of a call out of the Python objects that hold them.
+struct Gathered {
+  std::vector<mx::array> arrays;
+  std::vector<nb::handle> objects;  // borrowed: they live as long as layers hold them
+
+  void reserve(size_t size);
+  // False: it is no array.
+  bool add(nb::handle object);
+};
+
 // Layers of mlx.nn are dictionaries of arrays and layers. This appends the arrays that `weight`
 // needs, as they are now. False: the layer is not of `type` (another may compute something else),
 // or has other arrays.
-bool append_layer(nb::handle layer,
-                  nb::handle type,
-                  const Weight& weight,
-                  std::vector<mx::array>& inputs);
+bool append_layer(nb::handle layer, nb::handle type, const Weight& weight, Gathered& inputs);
 
-// Likewise the layers gate_proj, up_proj and down_proj of a network; `types` are theirs.
-bool append_layers(nb::handle layers,
-                   const nb::tuple& types,
-                   size_t first_type,
-                   const Network& network,
-                   std::vector<mx::array>& inputs);
+// Likewise a network, a layer of layers: `types` from the first one on are its own, and those of
+// its gate_proj, up_proj and down_proj.
+bool append_network(nb::handle layers,
+                    const nb::tuple& types,
+                    size_t first_type,
+                    const Network& network,
+                    Gathered& inputs);
+
+// All that a block of experts is made of: the networks `experts` and `shared`, and the layer
+// `shared_gate`, as far as the plan has them.
+bool append_block(nb::handle experts,
+                  nb::handle shared,
+                  nb::handle shared_gate,
+                  const nb::tuple& types,
+                  const Plan& plan,
+                  Gathered& inputs);
 
 }  // namespace moefast::binding
 

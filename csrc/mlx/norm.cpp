@@ -10,36 +10,67 @@ namespace {
 
 using Maybe = std::optional<mx::array>;
 
-// Inputs: x, and weight and bias as far as they are there.
+// What is normed: x, or x and a branch added to it.
+struct Settings {
+  bool centered;
+  bool weight;
+  bool bias;
+  float eps;
+  std::optional<float> multiplier;  // of the branch, where there is one
+
+  bool operator==(const Settings&) const = default;
+
+  const char* pick(const char* rms,
+                   const char* layer,
+                   const char* add_rms,
+                   const char* add_layer) const {
+    return multiplier ? (centered ? add_layer : add_rms) : (centered ? layer : rms);
+  }
+  const char* operation() const {
+    return pick("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm");
+  }
+};
+
+// Inputs: x, then branch, weight and bias as far as they are there. Outputs: the sum, if it is one,
+// and the norm.
 class Norm : public Mirror {
  public:
-  Norm(mx::Stream stream, bool centered, bool weight, bool bias, float eps)
+  Norm(mx::Stream stream, Settings settings)
       : Mirror(stream),
-        centered_(centered),
-        weight_(weight ? 1 : -1),
-        bias_(bias ? 1 + weight : -1),
-        eps_(eps) {}
+        settings_(settings),
+        weight_(settings.weight ? 1 + adds() : -1),
+        bias_(settings.bias ? 1 + adds() + settings.weight : -1) {}
 
-  const char* name() const override { return centered_ ? "MoefastLayerNorm" : "MoefastRMSNorm"; }
+  const char* name() const override {
+    return settings_.pick("MoefastRMSNorm", "MoefastLayerNorm", "MoefastAddRMSNorm",
+                          "MoefastAddLayerNorm");
+  }
 
   bool is_equivalent(const mx::Primitive& other) const override {
-    const auto& same = static_cast<const Norm&>(other);
-    return centered_ == same.centered_ && weight_ == same.weight_ && bias_ == same.bias_ &&
-           eps_ == same.eps_;
+    return settings_ == static_cast<const Norm&>(other).settings_;
   }
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    return {inputs[0].shape()};
+    return std::vector<mx::Shape>(num_outputs(), inputs[0].shape());
   }
 
  protected:
-  const char* operation() const override { return centered_ ? "layer_norm" : "rms_norm"; }
+  const char* operation() const override { return settings_.operation(); }
+  size_t num_outputs() const override { return adds() ? 2 : 1; }
 
   std::function<Arrays(const Arrays&)> by_mlx() const override {
-    return [centered = centered_, weight = weight_, bias = bias_, eps = eps_](const Arrays& in) {
+    return [settings = settings_, weight = weight_, bias = bias_](const Arrays& in) {
       const auto at = [&](int i) { return i < 0 ? Maybe() : Maybe(in[i]); };
-      return Arrays{centered ? mx::fast::layer_norm(in[0], at(weight), at(bias), eps)
-                             : mx::fast::rms_norm(in[0], at(weight), eps)};
+      const auto norm = [&](const mx::array& x) {
+        return settings.centered ? mx::fast::layer_norm(x, at(weight), at(bias), settings.eps)
+                                 : mx::fast::rms_norm(x, at(weight), settings.eps);
+      };
+      if (!settings.multiplier) {
+        return Arrays{norm(in[0])};
+      }
+      const float multiplier = *settings.multiplier;
+      const auto sum = mx::add(in[0], multiplier == 1.0f ? in[1] : multiplier * in[1]);
+      return Arrays{sum, norm(sum)};
     };
   }
 
@@ -54,59 +85,122 @@ class Norm : public Mirror {
     };
     const auto x = rows_of(inputs[0], copies, temporaries);
     const auto weight = vector(weight_), bias = vector(bias_);
-    auto promoted = inputs[0].dtype();
-    for (const auto& input : inputs) {
-      promoted = mx::promote_types(promoted, input.dtype());
+    auto* const out = outputs.back().data<void>();
+    const auto dtype = float_dtype(outputs.back().dtype());
+    if (!adds()) {
+      return [=, s = settings_] {
+        throw_if_failed(moefast_norm(engine(), &x, &weight, &bias, s.eps, s.centered, out, dtype));
+      };
     }
-    const auto dtype = float_dtype(promoted);
-    auto* const out = outputs[0].data<void>();
-    return [=, eps = eps_, centered = centered_] {
-      throw_if_failed(moefast_norm(engine(), &x, &weight, &bias, eps, centered, out, dtype));
+    const auto branch = rows_of(inputs[1], copies, temporaries);
+    auto* const sum = outputs[0].data<void>();
+    const auto sum_dtype = float_dtype(outputs[0].dtype());
+    const auto size = static_cast<int64_t>(outputs[1].size());
+    return [=, s = settings_] {
+      try {
+        throw_if_failed(moefast_add_norm(engine(), &x, &branch, *s.multiplier, &weight, &bias,
+                                         s.eps, s.centered, sum, sum_dtype, out, dtype));
+      } catch (...) {
+        fill_nan(dtype, out, size);  // the first output is Mirror's to fill
+        throw;
+      }
     };
   }
 
  private:
-  bool centered_;
+  bool adds() const { return settings_.multiplier.has_value(); }
+
+  Settings settings_;
   int weight_;  // which input
   int bias_;
-  float eps_;
 };
 
-mx::array norm(const char* name,
-               const mx::array& x,
-               const Maybe& weight,
-               const Maybe& bias,
-               float eps,
-               bool centered) {
-  if (x.ndim() == 0 || x.shape(-1) == 0 || float_dtype(x.dtype()) < 0) {
-    refuse(name, "x must be a float array [..., dims]", shape_text(x));
-  }
-  std::vector<mx::array> inputs = {x};
-  auto dtype = x.dtype();
+Settings settings_of(const Maybe& weight,
+                     const Maybe& bias,
+                     float eps,
+                     bool centered,
+                     std::optional<float> multiplier = std::nullopt) {
+  return {centered, weight.has_value(), bias.has_value(), eps, multiplier};
+}
+
+// Puts weight and bias behind the other inputs; returns the dtype of the norm of rows of `dtype`.
+mx::Dtype append(const char* name,
+                 std::vector<mx::array>& inputs,
+                 mx::Dtype dtype,
+                 const Maybe& weight,
+                 const Maybe& bias) {
+  const int dims = inputs[0].shape(-1);
   for (const auto* vector : {&weight, &bias}) {
     if (!*vector) {
       continue;
     }
     const auto& values = **vector;
-    if (values.ndim() != 1 || values.shape(0) != x.shape(-1) || float_dtype(values.dtype()) < 0) {
-      refuse(name, "weight and bias must be float arrays of " + std::to_string(x.shape(-1)),
+    if (values.ndim() != 1 || values.shape(0) != dims || float_dtype(values.dtype()) < 0) {
+      refuse(name, "weight and bias must be float arrays of " + std::to_string(dims),
              shape_text(values));
     }
     inputs.push_back(values);
     dtype = mx::promote_types(dtype, values.dtype());
   }
-  return mirrored<Norm>(x.shape(), dtype, std::move(inputs), centered, weight.has_value(),
-                        bias.has_value(), eps);
+  return dtype;
+}
+
+void check_rows(const char* name, const mx::array& x) {
+  if (x.ndim() == 0 || x.shape(-1) == 0 || float_dtype(x.dtype()) < 0) {
+    refuse(name, "x must be a float array [..., dims]", shape_text(x));
+  }
+}
+
+mx::array norm(const mx::array& x, const Maybe& weight, const Maybe& bias, Settings settings) {
+  const char* name = settings.operation();
+  check_rows(name, x);
+  std::vector<mx::array> inputs = {x};
+  const auto dtype = append(name, inputs, x.dtype(), weight, bias);
+  return mirrored<Norm>(x.shape(), dtype, std::move(inputs), settings);
+}
+
+SumAndNorm add_norm(const mx::array& x,
+                    const mx::array& branch,
+                    const Maybe& weight,
+                    const Maybe& bias,
+                    Settings settings) {
+  const char* name = settings.operation();
+  check_rows(name, x);
+  if (branch.shape() != x.shape() || float_dtype(branch.dtype()) < 0) {
+    refuse(name, "branch must be a float array " + shape_text(x), shape_text(branch));
+  }
+  std::vector<mx::array> inputs = {x, branch};
+  const auto sum_dtype = mx::promote_types(x.dtype(), branch.dtype());
+  const auto dtype = append(name, inputs, sum_dtype, weight, bias);
+  auto primitive =
+      std::make_shared<Norm>(mx::default_stream(mx::default_device()), std::move(settings));
+  auto made = mx::array::make_arrays({x.shape(), x.shape()}, {sum_dtype, dtype}, primitive, inputs);
+  return {made[0], made[1]};
 }
 
 }  // namespace
 
 mx::array rms_norm(const mx::array& x, const Maybe& weight, float eps) {
-  return norm("rms_norm", x, weight, std::nullopt, eps, false);
+  return norm(x, weight, std::nullopt, settings_of(weight, std::nullopt, eps, false));
 }
 
 mx::array layer_norm(const mx::array& x, const Maybe& weight, const Maybe& bias, float eps) {
-  return norm("layer_norm", x, weight, bias, eps, true);
+  return norm(x, weight, bias, settings_of(weight, bias, eps, true));
+}
+
+SumAndNorm add_rms_norm(
+    const mx::array& x, const mx::array& branch, const Maybe& weight, float eps, float multiplier) {
+  return add_norm(x, branch, weight, std::nullopt,
+                  settings_of(weight, std::nullopt, eps, false, multiplier));
+}
+
+SumAndNorm add_layer_norm(const mx::array& x,
+                          const mx::array& branch,
+                          const Maybe& weight,
+                          const Maybe& bias,
+                          float eps,
+                          float multiplier) {
+  return add_norm(x, branch, weight, bias, settings_of(weight, bias, eps, true, multiplier));
 }
 
 }  // namespace moefast::binding

@@ -161,6 +161,15 @@ void Plan::check(const std::vector<mx::array>& inputs) const {
   checker.weight("shared gate", shared_gate);
 }
 
+bool Plan::fits(const std::vector<mx::array>& inputs) const {
+  try {
+    check(inputs);
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+}
+
 std::vector<mx::Shape> Plan::output_shapes(const std::vector<mx::array>& inputs) const {
   check(inputs);
   mx::Shape shape = inputs[0].shape();

@@ -71,6 +71,7 @@ struct Plan {
   std::vector<mx::Dtype> output_dtypes() const;
   // Every input has the shape and dtype that this plan is for. Throws std::invalid_argument.
   void check(const std::vector<mx::array>& inputs) const;
+  bool fits(const std::vector<mx::array>& inputs) const;
 };
 
 mx::Dtype mlx_dtype(int32_t dtype);

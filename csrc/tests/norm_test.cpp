@@ -1,7 +1,8 @@
 // RMSNorm and LayerNorm on every instruction set of this build and machine, against float64.
 //
 // All dtypes, lengths that fill no vector, with and without weight and bias; rows apart from one
-// another, beside pages that must not be touched; the same bits from any number of threads.
+// another, beside pages that must not be touched; the same bits from any number of threads. Of
+// sums: the same bits as from the sum, in the test's own arithmetic, and then the norm.
 #include <cmath>
 #include <vector>
 
@@ -116,10 +117,101 @@ void shapes() {
   check({20000, 3, 1, MOEFAST_FLOAT32, MOEFAST_FLOAT32, true, false, false}, 1);  // many pieces
 }
 
+// What `value` is in a dtype: rounded to nearest, ties to even.
+float rounded(int dtype, float value) {
+  uint8_t bytes[4];
+  isas().back()->narrow(dtype, &value, 1, bytes);
+  return static_cast<float>(value_of(dtype, bytes));
+}
+
+struct SumCase {
+  int64_t count, dims;
+  int dtype, branch_dtype, sum_dtype, out_dtype;
+  float multiplier;
+  bool centered;
+};
+
+void check_sum(const SumCase& c, uint64_t seed) {
+  const int64_t gap = static_cast<int64_t>(seed % 4), stride = c.dims + gap;
+  const Values x(c.dtype, c.count * stride - gap, seed);
+  const Values branch(c.branch_dtype, c.count * c.dims, seed + 1);
+  const Values weight(c.dtype, c.dims, seed + 2), bias(c.dtype, c.dims, seed + 3);
+  const moefast_rows rows = {x.data(), c.dtype, c.count, c.dims, stride};
+  const moefast_rows added = {branch.data(), c.branch_dtype, c.count, c.dims, c.dims};
+  const moefast_vector scaled = {weight.data(), c.dtype};
+  const moefast_vector moved = {c.centered ? bias.data() : nullptr, c.dtype};
+  const size_t sum_bytes = static_cast<size_t>(c.count * c.dims * size_of(c.sum_dtype));
+  const size_t bytes = static_cast<size_t>(c.count * c.dims * size_of(c.out_dtype));
+
+  // Rounded after every step; volatile, so that no compiler makes one step of two.
+  Guarded want_sum(sum_bytes);
+  const float factor = rounded(c.branch_dtype, c.multiplier);
+  for (int64_t r = 0; r < c.count; ++r) {
+    for (int64_t i = 0; i < c.dims; ++i) {
+      volatile float product = factor * static_cast<float>(branch[r * c.dims + i]);
+      product = rounded(c.branch_dtype, product);
+      volatile float sum = static_cast<float>(x[r * stride + i]) + product;
+      const float exact = sum;
+      isas().back()->narrow(c.sum_dtype, &exact, 1,
+                            want_sum.data() + (r * c.dims + i) * size_of(c.sum_dtype));
+    }
+  }
+  const moefast_rows sums = {want_sum.data(), c.sum_dtype, c.count, c.dims, c.dims};
+  for (const Isa* isa : isas()) {
+    for (int threads : {1, 3}) {
+      auto* on = engine(isa->name, threads);
+      const Guarded sum(sum_bytes), out(bytes, Guarded::kBegin), want(bytes);
+      EXPECT(moefast_norm(on, &sums, &scaled, &moved, kEps, c.centered, want.data(), c.out_dtype) ==
+             MOEFAST_OK);
+      EXPECT(moefast_add_norm(on, &rows, &added, c.multiplier, &scaled, &moved, kEps, c.centered,
+                              sum.data(), c.sum_dtype, out.data(), c.out_dtype) == MOEFAST_OK);
+      EXPECT(std::memcmp(sum.data(), want_sum.data(), sum_bytes) == 0);
+      EXPECT(std::memcmp(out.data(), want.data(), bytes) == 0);
+    }
+  }
+}
+
+void sums() {
+  uint64_t seed = 0;
+  for (int64_t dims : {1, 7, 16, 17, 100, 2051}) {
+    for (int64_t count : {1, 3, 40}) {
+      for (float multiplier : {1.0f, 0.22f, -3.1f}) {
+        for (int mixed = 0; mixed < 4; ++mixed, ++seed) {
+          const int dtype = static_cast<int>(seed / 3 % 3);
+          const int branch = mixed == 0 ? (dtype + 1) % 3 : dtype;
+          const int sum = branch == dtype ? dtype : MOEFAST_FLOAT32;
+          check_sum({count, dims, dtype, branch, sum, mixed == 1 ? MOEFAST_FLOAT32 : sum,
+                     multiplier, seed % 2 == 0},
+                    seed);
+        }
+      }
+    }
+  }
+  check_sum({20000, 3, MOEFAST_BFLOAT16, MOEFAST_BFLOAT16, MOEFAST_BFLOAT16, MOEFAST_BFLOAT16,
+             0.22f, false},
+            1);  // many pieces
+}
+
+void refusals() {
+  const float values[8] = {};
+  float sum[8], out[8];
+  const moefast_rows x = {values, MOEFAST_FLOAT32, 2, 4, 4};
+  for (const moefast_rows& branch :
+       {moefast_rows{values, MOEFAST_FLOAT32, 1, 4, 4},
+        moefast_rows{values, MOEFAST_FLOAT32, 2, 3, 3}, moefast_rows{values, 7, 2, 4, 4}}) {
+    EXPECT(moefast_add_norm(engine("", 1), &x, &branch, 1, nullptr, nullptr, kEps, 0, sum,
+                            MOEFAST_FLOAT32, out, MOEFAST_FLOAT32) == MOEFAST_BAD_VALUE);
+  }
+  EXPECT(moefast_add_norm(engine("", 1), &x, &x, 1, nullptr, nullptr, kEps, 0, nullptr,
+                          MOEFAST_FLOAT32, out, MOEFAST_FLOAT32) == MOEFAST_BAD_VALUE);
+}
+
 void no_rows() {
   const moefast_rows none = {nullptr, MOEFAST_FLOAT32, 0, 8, 8};
   EXPECT(moefast_norm(engine("", 1), &none, nullptr, nullptr, kEps, 0, nullptr, MOEFAST_FLOAT32) ==
          MOEFAST_OK);
+  EXPECT(moefast_add_norm(engine("", 1), &none, &none, 1, nullptr, nullptr, kEps, 0, nullptr,
+                          MOEFAST_FLOAT32, nullptr, MOEFAST_FLOAT32) == MOEFAST_OK);
 }
 
 }  // namespace
@@ -130,5 +222,7 @@ int main(int count, char** arguments) {
   const char* only = count > 1 ? arguments[1] : nullptr;
   run_case("no rows", no_rows, only);
   run_case("shapes", shapes, only);
+  run_case("sums", sums, only);
+  run_case("refusals", refusals, only);
   return verdict();
 }

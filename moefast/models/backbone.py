@@ -11,9 +11,10 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.pipeline import PipelineMixin
 
 from ..nn import MLP, Embedding, Linear, MoE, RMSNorm
+from .residual import Residual, ResidualLayer
 
 
-class PreNormLayer(mlx_nn.Module):
+class PreNormLayer(ResidualLayer):
     """``h = x + m attention(norm(x))``, then ``h + m ffn(norm(h))`` (m: residual multiplier).
 
     Args:
@@ -42,13 +43,12 @@ class PreNormLayer(mlx_nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
         self.residual_multiplier = residual_multiplier
 
-    def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None) -> mx.array:
-        """x: ``[batch, length, hidden]`` -> the same shape."""
-        h = self._add(x, self[self.ATTENTION](self.input_layernorm(x), mask, cache))
-        return self._add(h, self[self.FFN](self.post_attention_layernorm(h)))
-
-    def _add(self, x: mx.array, branch: mx.array) -> mx.array:
-        return x + (branch if self.residual_multiplier == 1.0 else branch * self.residual_multiplier)
+    def join(self, stream: Residual, mask: mx.array | str | None, cache: Any | None) -> Residual:
+        """The stream -> the stream, on which the norms add up what is to come before them."""
+        x, y = stream.normed(self.input_layernorm)
+        attended = Residual(x, self[self.ATTENTION](y, mask, cache), self.residual_multiplier)
+        h, y = attended.normed(self.post_attention_layernorm)
+        return Residual(h, self[self.FFN](y), self.residual_multiplier)
 
     def check_shard(self, group: mx.distributed.Group) -> None:
         """Raise ValueError where heads or widths do not divide among the ranks."""
@@ -88,7 +88,7 @@ class Backbone(PipelineMixin, mlx_nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> hidden states ``[batch, length, hidden]``."""
-        y: mx.array = self[self.NORM](self.run_layers(self.embed(inputs), cache))
+        _, y = self.run_layers(self.embed(inputs), cache).normed(self[self.NORM])
         return y
 
     def embed(self, inputs: mx.array) -> mx.array:
@@ -113,7 +113,7 @@ class Backbone(PipelineMixin, mlx_nn.Module):
         setattr(self, self.LAYERS, self.pop("layers"))
         self._pipeline_group = group
 
-    def run_layers(self, h: mx.array, cache: Sequence[Any] | None) -> mx.array:
+    def run_layers(self, h: mx.array, cache: Sequence[Any] | None) -> Residual:
         """Embeddings ``[batch, length, hidden]`` through this process's layers, then (in a pipeline) on to
         the other ranks: every rank returns the last layer's output.
 
@@ -126,16 +126,23 @@ class Backbone(PipelineMixin, mlx_nn.Module):
         rank, size, group = self.pipeline_rank, self.pipeline_size, self._pipeline_group
         if rank < size - 1:
             h = mx.distributed.recv_like(h, rank + 1, group=group)
+        stream = Residual(h)
         for layer, layer_cache in zip(layers, cache, strict=True):
-            h = layer(h, mask, layer_cache)
+            # In training an array: what gradient checkpointing keeps of a layer. And layers of other kinds
+            # know nothing else.
+            if self.training or not isinstance(layer, ResidualLayer):
+                stream = Residual(layer(stream.sum(), mask, layer_cache))
+            else:
+                stream = layer(stream, mask, layer_cache)
+        if size == 1:
+            return stream
+        h = stream.sum()
         if rank != 0:
             h = mx.distributed.send(h, rank - 1, group=group)
             if cache[-1] is not None:
                 # Evaluating the cache alone must not leave the next rank waiting for this output.
                 cache[-1].keys = mx.depends(cache[-1].keys, h)
-        if size > 1:
-            h = mx.distributed.all_gather(h, group=group)[: h.shape[0]]
-        return h
+        return Residual(mx.distributed.all_gather(h, group=group)[: h.shape[0]])
 
 
 class CausalLM(mlx_nn.Module):

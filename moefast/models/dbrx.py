@@ -38,6 +38,7 @@ from .attention import Attention as BaseAttention
 from .backbone import Backbone, CausalLM
 from .checkpoints import Weights, drop_unused, stack_experts
 from .config import BaseArgs
+from .residual import Residual, ResidualLayer
 from .rope import make_rope
 
 # DBRX's names of the projections and ours: silu(w1 x) * (v1 x), then w2.
@@ -171,14 +172,14 @@ class NormAttentionNorm(mlx_nn.Module):
         self.attn = Attention(args)
 
     def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: Any | None
+        self, stream: Residual, mask: mx.array | str | None, cache: Any | None
     ) -> tuple[mx.array, mx.array]:
-        """x: ``[batch, length, d_model]`` -> two arrays of that shape."""
-        residual = x + self.attn(self.norm_1(x), mask, cache)
-        return residual, self.norm_2(residual)
+        """The residual stream -> two arrays ``[batch, length, d_model]``."""
+        x, y = stream.normed(self.norm_1)
+        return Residual(x, self.attn(y, mask, cache)).normed(self.norm_2)
 
 
-class DecoderLayer(mlx_nn.Module):
+class DecoderLayer(ResidualLayer):
     """Norm-attention-norm, then the experts on the normalised copy."""
 
     def __init__(self, args: ModelArgs):
@@ -193,10 +194,10 @@ class DecoderLayer(mlx_nn.Module):
         )
         self.norm_attn_norm = NormAttentionNorm(args)
 
-    def __call__(self, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None) -> mx.array:
-        """x: ``[batch, length, d_model]`` -> the same shape."""
-        residual, h = self.norm_attn_norm(x, mask, cache)
-        return residual + self.ffn(h)
+    def join(self, stream: Residual, mask: mx.array | str | None, cache: Any | None) -> Residual:
+        """The stream -> the stream."""
+        residual, h = self.norm_attn_norm(stream, mask, cache)
+        return Residual(residual, self.ffn(h))
 
     def check_shard(self, group: mx.distributed.Group) -> None:
         """Raise ValueError where heads or widths do not divide among the ranks."""

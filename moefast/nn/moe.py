@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from .. import ops
-from ..backends import registry
 from ..backends.reference.experts import combine, identity_share
 from ..errors import refuse
 from ..ops.moe import choose
-from ..registry import Choice
 from ..specs import Activation, RouterSpec
-from ..weights import SharedExpert
+from .block import recalled, remember
 from .linear import Linear
 from .mlp import MLP
 from .recall import Recall, training_backend
@@ -90,22 +89,44 @@ class MoE(mlx.nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: ``[..., hidden]`` -> ``[..., hidden]``."""
-        group = self.sharding_group
-        router = self[self.names.router]
-        bias = router.selection_bias if isinstance(router, Router) else None
-        logits = router.logits(x) if isinstance(router, Router) else router(x)
+        own = self.__dict__  # to look there is faster than to ask a module for an attribute
+        names, group = own["names"], own["sharding_group"]
+        router = self[names.router]
+        if isinstance(router, Router):
+            bias, logits = router.selection_bias, router.logits(x)
+        else:
+            bias, logits = None, router(x)
         if group is not None:
             # Each rank sees part of the experts' width, so gradients through them are partial sums; the
             # router is replicated and its own product needs no sum.
             summed = sum_gradients(group)
             return self._sharded(x, summed(x), summed(logits), bias, group)
 
-        y = self._recalled(x, logits, bias)
-        if y is not None:
-            return y
-        weights = self[self.names.experts].expert_weights()
-        shared = self._shared_expert()
-        if weights is None or (self._has_shared and shared is None):
+        experts = self[names.experts]
+        shared = self[names.shared] if own["_has_shared"] else None
+        shared_gate = self[names.shared_gate] if own["_has_shared_gate"] else None
+        facts = (
+            own["spec"],
+            own["combine_dtype"] or False,  # a dtype cannot be compared with None
+            experts.activation,
+            None if shared is None else shared.activation,
+        )
+        y = recalled(self, x, logits, bias, experts, shared, shared_gate, facts)
+        return self._in_full(x, logits, bias, experts, shared, shared_gate, facts) if y is None else y
+
+    def _in_full(
+        self,
+        x: mx.array,
+        logits: mx.array,
+        bias: mx.array | None,
+        experts: SwitchGLU,
+        shared_layers: MLP | None,
+        shared_gate: mlx.nn.Module | None,
+        facts: tuple[Any, ...],
+    ) -> mx.array:
+        weights = experts.expert_weights()
+        shared = None if shared_layers is None else shared_layers.shared_expert(shared_gate)
+        if weights is None or (shared_layers is not None and shared is None):
             return self._layer_by_layer(x, x, logits, bias)
         choice = choose(
             x,
@@ -117,54 +138,10 @@ class MoE(mlx.nn.Module):
             combine_dtype=self.combine_dtype,
             backend=training_backend(self),
         )
-        self._remember(choice, x)
+        if type(experts) is SwitchGLU:
+            remember(self, choice, x, experts, shared_layers, shared_gate, facts)
         in_full: mx.array = choice.run(x, logits, self.spec, weights, bias, None, shared, self.combine_dtype)
         return in_full
-
-    def _recalled(self, x: mx.array, logits: mx.array, bias: mx.array | None) -> mx.array | None:
-        """The kernel of the last call, or None where this call is of another kind."""
-        own = self.__dict__
-        recall = own.get("_recall")
-        if recall is None or own["_training"] or registry.default != recall.default:
-            return None
-        names = own["names"]
-        experts = self[names.experts]
-        shared = self[names.shared] if own["_has_shared"] else None
-        spec, combine_dtype, activation, kind, shared_activation, shared_kind = recall.facts
-        if (
-            own["spec"] is not spec
-            or own["combine_dtype"] is not combine_dtype
-            or type(experts) is not kind
-            or experts.__dict__["activation"] is not activation
-            or type(shared) is not shared_kind
-            or (shared is not None and shared.__dict__["activation"] is not shared_activation)
-        ):
-            return None
-        gate = self[names.shared_gate] if own["_has_shared_gate"] else None
-        y: mx.array | None = recall.of_layers(
-            x, logits, bias, experts, shared, gate, recall.types, recall.low, recall.high
-        )
-        return y
-
-    def _remember(self, choice: Choice, x: mx.array) -> None:
-        experts = self[self.names.experts]
-        if choice.of_layers is None or self.training or type(experts) is not SwitchGLU:
-            self._recall = None
-            return
-        networks = [experts, self[self.names.shared]] if self._has_shared else [experts]
-        layers = [network[name] for network in networks for name in ("gate_proj", "up_proj", "down_proj")]
-        if self._has_shared_gate:
-            layers.append(self[self.names.shared_gate])
-        shared = networks[1:]
-        facts = (
-            self.spec,
-            self.combine_dtype,
-            experts.activation,
-            type(experts),
-            shared[0].activation if shared else None,
-            type(shared[0]) if shared else type(None),
-        )
-        self._recall = Recall(choice, x.shape, tuple(type(layer) for layer in layers), facts)
 
     def check_shard(self, group: mx.distributed.Group) -> None:
         """Raise ValueError where :meth:`shard` would."""
@@ -186,13 +163,6 @@ class MoE(mlx.nn.Module):
         if self._has_shared:
             self[self.names.shared].shard_in_place(group)
         self.sharding_group = group
-
-    def _shared_expert(self) -> SharedExpert | None:
-        if not self._has_shared:
-            return None
-        gate = self[self.names.shared_gate] if self._has_shared_gate else None
-        shared: SharedExpert | None = self[self.names.shared].shared_expert(gate)
-        return shared
 
     def _sharded(
         self,

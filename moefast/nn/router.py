@@ -62,13 +62,15 @@ class Router(mlx.nn.Module):
     @property
     def selection_bias(self) -> mx.array | None:
         """``[num_experts]``, or None where the family has none."""
-        return None if self._selection_bias is None else self[self._selection_bias]
+        name = self._selection_bias
+        return None if name is None else self[name]
 
     def logits(self, x: mx.array) -> mx.array:
         """x: ``[..., hidden]`` -> ``[..., num_experts]``."""
-        if self._linear is None:
+        name = self._linear
+        if name is None:
             return product(self, x, _own_weight)
-        y: mx.array = self[self._linear](x)
+        y: mx.array = self[name](x)
         return y
 
     def __call__(self, x: mx.array) -> Routing:

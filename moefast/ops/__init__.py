@@ -5,13 +5,15 @@ from .cached_attention import Rotation, cached_attention
 from .embed import embed
 from .experts import experts, switch_glu
 from .moe import moe
-from .norm import layer_norm, rms_norm
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .quantized_matmul import quantized_matmul, quantized_matmuls
 from .rope import rope
 from .route import route
 
 __all__ = [
     "Rotation",
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cached_attention",
     "embed",

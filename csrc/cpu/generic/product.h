@@ -2,9 +2,10 @@
 //
 // Prepared: a row widened to float32, with zeros up to a multiple of 64 values. A result is a sum
 // of kSums vectors of partial sums, each over every kSums-th vector of values from the first to the
-// last, and added up in one order: it does not depend on what else is in the call. One activation
-// row takes values of the weight as they are dequantised, 128 at a time. More of them share the
-// values, in tiles that leave neither the first cache nor, inside, the registers.
+// last, and added up in one order: it does not depend on what else is in the call. A few activation
+// rows take values of the weight as they are dequantised, 128 at a time. More of them share the
+// values, in tiles that leave neither the first cache nor, inside, the registers; so do a few where
+// there is nothing to dequantise.
 #ifndef MOEFAST_CPU_GENERIC_PRODUCT_H
 #define MOEFAST_CPU_GENERIC_PRODUCT_H
 
@@ -24,6 +25,9 @@ constexpr int kStep = kSums * kFloats;  // values that a round of sums takes
 // The part of a tile whose sums fit the registers: rows of activations, and of the weight.
 constexpr int kInnerX = kVectorBytes == 64 ? 4 : 3;
 constexpr int kInnerW = kVectorBytes == 16 && !kManyRegisters ? 1 : 2;
+// So many rows of activations take values of the weight as they are dequantised: while their sums
+// and what dequantises fit the registers.
+constexpr int kMostDirect = kVectorBytes == 16 ? (kManyRegisters ? 4 : 2) : 6;
 // A tile: rows of activations, rows of the weight, and values of each.
 constexpr int kTileX = 4 * kInnerX;
 constexpr int kTileW = 4;
@@ -139,22 +143,33 @@ inline void load_scales_at(
 }
 
 // sums += w * x for kChunk plain values, which go from memory to the registers.
-template <int kType>
-[[gnu::always_inline]] inline void dot_plain(const uint8_t* w, const float* x, Sums* sums) {
+template <int kType, int kX>
+[[gnu::always_inline]] inline void dot_plain(const uint8_t* w,
+                                             const float* const* x,
+                                             int64_t from,
+                                             Sums* sums) {
   constexpr int kBytes = kType == MOEFAST_FLOAT32 ? 4 : 2;
   for (int at = 0; at < kChunk; at += kStep) {
     for (int k = 0; k < kSums; ++k) {
       const int i = at + k * kFloats;
-      sums->sums[k] += load_values<kType>(w + i * kBytes) * load_floats(x + i);
+      const Floats values = load_values<kType>(w + i * kBytes);
+      for (int j = 0; j < kX; ++j) {
+        sums[j].sums[k] += values * load_floats(x[j] + from + i);
+      }
     }
   }
 }
 
-// One row of the weight with one row x.
-template <class Values>
-inline float multiply_row(const Matrix& w, int64_t row, const float* x, const Fetcher& fetcher) {
+// One row of the weight with kX rows x.
+template <class Values, int kX>
+inline void multiply_row(const Matrix& w,
+                         int64_t row,
+                         const float* const* x,
+                         const Fetcher& fetcher,
+                         float* y,
+                         int64_t ldy) {
   const uint8_t* bytes = w.weight + row * w.row_bytes;
-  Sums sums = {};
+  Sums sums[kX] = {};
   Scales scales;
   alignas(64) float values[kChunk];
   const int64_t whole = w.in / kChunk * kChunk;
@@ -162,14 +177,16 @@ inline float multiply_row(const Matrix& w, int64_t row, const float* x, const Fe
     if constexpr (Values::kPlain >= 0) {
       constexpr int kBytes = Values::kPlain == MOEFAST_FLOAT32 ? 4 : 2;
       fetcher.weight(bytes + from * kBytes, kChunk * kBytes);
-      dot_plain<Values::kPlain>(bytes + from * kBytes, x + from, &sums);
+      dot_plain<Values::kPlain, kX>(bytes + from * kBytes, x, from, sums);
       continue;
     }
     load_scales_at(w, row, from, fetcher, scales);
     fetcher.weight(bytes + from * w.format.bits / 8, kChunk * w.format.bits / 8);
     if constexpr (Values::kPlain < 0) {
       Values::each(w.format, bytes, from, kChunk, scales, [&](int i, int v, Floats some) {
-        sums.sums[v % kSums] += some * load_floats(x + from + i);
+        for (int j = 0; j < kX; ++j) {
+          sums[j].sums[v % kSums] += some * load_floats(x[j] + from + i);
+        }
       });
     }
   }
@@ -177,9 +194,28 @@ inline float multiply_row(const Matrix& w, int64_t row, const float* x, const Fe
     load_scales_at(w, row, whole, fetcher, scales);
     fetcher.weight(bytes + whole * w.format.bits / 8, w.row_bytes - whole * w.format.bits / 8);
     const float* rest = read_values<Values>(w, bytes, whole, w.in - whole, scales, values);
-    dot<1, 1>(&rest, &x, whole, round_up(w.in - whole, kStep), &sums, 0);
+    dot<1, kX>(&rest, x, whole, round_up(w.in - whole, kStep), sums, kX);
   }
-  return sum_up(sums);
+  for (int j = 0; j < kX; ++j) {
+    y[j * ldy] = w.factor * sum_up(sums[j]);
+  }
+}
+
+// The same with `count` rows x, of which there are at most kMost.
+template <class Values, int kMost>
+inline void multiply_few(const Matrix& w,
+                         int64_t row,
+                         const float* const* x,
+                         int64_t count,
+                         const Fetcher& fetcher,
+                         float* y,
+                         int64_t ldy) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) {
+      return multiply_few<Values, kMost - 1>(w, row, x, count, fetcher, y, ldy);
+    }
+  }
+  multiply_row<Values, kMost>(w, row, x, fetcher, y, ldy);
 }
 
 // `rows` <= kTileW rows of the weight, from `row` on, with `count` <= kTileX rows x.
@@ -240,9 +276,9 @@ inline void multiply_values(const Matrix& w,
     }
     const Fetcher& fetcher = first + here == count ? last : again;
     float* to = y + first * ldy;
-    if (here == 1) {
+    if (here == 1 || (here <= kMostDirect && Values::kPlain != MOEFAST_FLOAT32)) {
       for (int64_t row = begin; row < end; ++row) {
-        to[row - begin] = w.factor * multiply_row<Values>(w, row, x[0], fetcher);
+        multiply_few<Values, kMostDirect>(w, row, x, here, fetcher, to + row - begin, ldy);
       }
       continue;
     }

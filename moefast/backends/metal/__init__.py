@@ -7,7 +7,9 @@ attention, norms), they do here, too: those are the reference's functions.
 ==================  ================================================================
 :mod:`.block`       the operations, out of these parts:
 :mod:`.route`       logits to experts and weights
-:mod:`.decode`      experts of one token, to MLX's bits; :mod:`.one_token` binds its launches
+:mod:`.decode`      experts of a few tokens, to MLX's bits; :mod:`.decode_kernels` are its launches
+:mod:`.one_token`   a whole block for one token, out of these
+:mod:`.of_layers`   a block on the layers that hold its arrays; :mod:`.products` a dense layer
 :mod:`.band`        of a few: an expert's weights are read once for several routes
 :mod:`.plan`        routes sorted by expert
 :mod:`.prefill`     experts of many tokens, as matrix tiles over the plan
@@ -29,7 +31,7 @@ from typing import Any
 
 from ...registry import Backend, BoundKernel, Kernel
 from ..reference import REFERENCE
-from . import verdicts
+from . import products, verdicts
 from .block import bind
 from .device import probe
 from .launch import emulated
@@ -41,6 +43,7 @@ METAL = Backend(
     name="metal",
     kernels={
         **{op: Kernel(kernel.run, elsewhere) for op, kernel in REFERENCE.kernels.items()},
+        "quantized_matmul": BoundKernel(products.bind, elsewhere),
         **{op: BoundKernel(bind, why_not, may_decline=True) for op in OPERATIONS},
     },
     probe=probe,

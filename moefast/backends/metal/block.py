@@ -3,7 +3,7 @@
 ===========  ======================================================  =====================
 tokens       launches of ``moe``, from logits on                     one waits for another
 ===========  ======================================================  =====================
-decode       route, gate+up, down+combine                            3
+decode       route, gate+up, down+combine (:mod:`.one_token`)        3
 band         route, gate+up, down, combine                           4
 tiles        route, plan (1 or 2), gate+up, down, combine            5 or 6
 ===========  ======================================================  =====================
@@ -28,28 +28,36 @@ from ..differentiable import on_flat_lists, with_signature
 from ..flat import arguments_of
 from ..reference.experts import shared_expert
 from ..reference.matmul import dense
-from . import band, decode, prefill, route
+from . import band, decode, one_token, prefill, route
 from .combine import combine
 from .contiguous import check_contiguous
 from .dispatch import kernels_for
 from .of_layers import of_layers
-from .one_token import OneToken
 
 
 def bind(problem: Problem) -> Bound:
     """What runs ``problem``: the kernels, with the reference's derivatives."""
     own = _own(problem)
-    details: tuple[Any, ...] = problem.details
     look = None if problem.op == "route" else lambda arrays: check_contiguous(arrays[own:])
-    run = _OPERATIONS[problem.op](problem)
+    run: Callable[[tuple[mx.array, ...]], Any] = _on_flat_list(problem)
 
     def run_flat(arrays: tuple[mx.array, ...]) -> list[mx.array]:
-        made = run(*arguments_of(problem.op, details, iter(arrays)))
+        made = run(arrays)
         return [made] if isinstance(made, mx.array) else list(made)
 
-    flat = on_flat_lists(problem, run_flat, look)
-    recalled = problem.op == "moe" and details[1].gate is not None
-    return Bound(with_signature(problem, flat), of_layers(problem, flat) if recalled else None)
+    call = with_signature(problem, on_flat_lists(problem, run_flat, look))
+    return Bound(call, of_layers(problem, run) if problem.op == "moe" else None)
+
+
+def _on_flat_list(problem: Problem) -> Callable[[tuple[mx.array, ...]], Any]:
+    if problem.op == "moe" and problem.phase == "decode":
+        return one_token.bind(problem)
+    run = _OPERATIONS[problem.op](problem)
+
+    def on_flat_list(arrays: tuple[mx.array, ...]) -> Any:
+        return run(*arguments_of(problem.op, problem.details, iter(arrays)))
+
+    return on_flat_list
 
 
 def _own(problem: Problem) -> int:
@@ -81,14 +89,7 @@ def _uncombined(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.ar
 
 
 def _experts(problem: Problem) -> Callable[..., mx.array]:
-    one_token = OneToken()
-
-    def experts(
-        x: mx.array, weights: ExpertWeights, routing: Routing, combine_dtype: mx.Dtype | None
-    ) -> mx.array:
-        return _combined(one_token, x, weights, routing, combine_dtype)
-
-    return experts
+    return _combined
 
 
 def _moe(problem: Problem) -> Callable[..., mx.array]:
@@ -97,7 +98,7 @@ def _moe(problem: Problem) -> Callable[..., mx.array]:
     router = route.bind(
         problem._replace(op="route", dtype=getattr(mx, logits_dtype), details=(spec, bias, scale))
     )
-    one_token, identity = OneToken(), spec.identity_experts > 0
+    identity = spec.identity_experts > 0
     factor = spec.scale if spec.scale_place == "output" else 1.0
 
     def moe(
@@ -111,22 +112,12 @@ def _moe(problem: Problem) -> Callable[..., mx.array]:
         combine_dtype: mx.Dtype | None,
     ) -> mx.array:
         routing = router(logits, spec, selection_bias, expert_scale)
-        return _combined(
-            one_token,
-            x,
-            weights,
-            routing,
-            combine_dtype,
-            identity=identity,
-            scale=factor,
-            shared=shared,
-        )
+        return _combined(x, weights, routing, combine_dtype, identity=identity, scale=factor, shared=shared)
 
     return moe
 
 
 def _combined(
-    one_token: OneToken,
     x: mx.array,
     weights: ExpertWeights,
     routing: Routing,
@@ -142,7 +133,12 @@ def _combined(
     kernels = kernels_for(indices.shape[0], indices.shape[1], weights.layout.num_experts)
     extras: dict[str, Any] = {"identity": identity, "scale": scale}
     if kernels == "decode":
-        y = one_token(rows, weights, indices, mix, combine_dtype, shared=shared, **extras)
+        beside = None if shared is None else decode.shared_gate_up(rows, shared)
+        inner = decode.gate_up(rows, weights, indices)
+        own = rows if identity else None
+        y = decode.down_combine(
+            inner, weights, indices, mix, combine_dtype, shared=beside, identity=own, scale=scale
+        )
         return y.reshape(x.shape)
     if shared is not None:
         extras["shared"], extras["shared_gate"] = _shared_output(rows, shared)

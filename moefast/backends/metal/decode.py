@@ -1,22 +1,19 @@
 """Experts of a few tokens, by mat-vec kernels: two launches for every route of every token.
 
 ``gate_up`` and ``down`` (or ``down_combine``) take flat tokens, ``[tokens, features]``; what they cannot take
-:func:`why_not` says. Weights must be row-contiguous, or MLX copies them without a word. Each function has a
-``bind_``: all that depends on layouts and dtypes alone, worked out once.
+:func:`why_not` says. Weights must be row-contiguous, or MLX copies them without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ...weights import ExpertLayout, ExpertWeights, Layout, SharedExpert, SharedLayout, dtype_name
-from .activations import functor, literal
-from .launch import Function
-from .matvec import GROUP, LANE, ROUTE, ROWS, SIMDGROUPS, Operands, cover, launcher, reader, unsigned
+from . import decode_kernels as kernels
+from .matvec import unsigned
+from .operands import arrays_of
 
 
 def why_not(dtype: mx.Dtype, layout: ExpertLayout, shared: SharedLayout | None = None) -> str | None:
@@ -45,9 +42,6 @@ def _why_not(dtype: mx.Dtype, layout: Layout) -> str | None:
     return None
 
 
-# -- gate, up, activation ----------------------------------------------------------------------------------
-
-
 def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
     """The inner activations of every route, ``activation(gate(x), up(x))``, in one launch.
 
@@ -59,52 +53,13 @@ def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
     Returns:
         ``[tokens, top_k, width]`` of x's dtype.
     """
-    return bind_gate_up(weights.layout, indices.shape[1], x.dtype)(x, weights, indices)
-
-
-GateUp = Callable[[mx.array, ExpertWeights, mx.array], mx.array]
-
-
-@lru_cache(maxsize=256)
-def bind_gate_up(layout: ExpertLayout, top_k: int, dtype: mx.Dtype) -> GateUp:
-    """:func:`gate_up` of weights of this layout, for so many experts per token and x of ``dtype``."""
-    layouts = {"gate": layout.gate, "up": layout.up}
-    operands, width = Operands(**layouts), layout.width
-    function = Function(
-        name="gate_up",
-        file="gate_up.metal",
-        inputs=("x", "indices", *operands.names),
-        outputs=("inner",),
-        body=_routed(layout, operands, ROUTE),
-    )
-    numbers = _routed_numbers(layout, top_k)
-    launch = launcher(function, {"T": dtype}, numbers, [operands], cover(width, ROWS * SIMDGROUPS))
-    arrays = reader(layouts)
-
-    def run(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
-        tokens = x.shape[0]
-        shape = (tokens, top_k, width)
-        if not tokens:
-            return mx.zeros(shape, dtype)
-        inputs = [x, unsigned(indices), *arrays(weights)]
-        return launch(inputs, tokens * top_k, [(shape, dtype)])[0]
-
-    return run
-
-
-def _routed(layout: ExpertLayout, operands: Operands, route: str) -> str:
-    return f"""
-  moefast::gate_up<T, ROWS, K, N, E, TOP_K, GATE_FAST, UP_FAST>(
-      x, indices, {operands.stacks["gate"]}, {operands.stacks["up"]}, {functor(layout.activation)}, inner,
-      {GROUP}, {route}, {LANE});
-"""
-
-
-def _routed_numbers(layout: ExpertLayout, top_k: int) -> dict[str, int]:
-    return {"K": layout.hidden, "N": layout.width, "E": layout.num_experts, "TOP_K": top_k}
-
-
-# -- of the shared expert ----------------------------------------------------------------------------------
+    tokens, top_k = indices.shape
+    shape = (tokens, top_k, weights.layout.width)
+    if not tokens:
+        return mx.zeros(shape, x.dtype)
+    launch = kernels.gate_up(weights.layout, top_k, x.dtype)
+    inputs = [x, unsigned(indices), *arrays_of(weights.gate), *arrays_of(weights.up)]
+    return launch(inputs, tokens * top_k, [(shape, x.dtype)])[0]
 
 
 class SharedInner(NamedTuple):
@@ -126,115 +81,37 @@ def shared_gate_up(x: mx.array, shared: SharedExpert) -> SharedInner:
 
     x: ``[tokens, hidden]``.
     """
-    return bind_shared_gate_up(shared.layout, x.dtype)(x, shared)
-
-
-@lru_cache(maxsize=256)
-def bind_shared_gate_up(
-    shared: SharedLayout, dtype: mx.Dtype
-) -> Callable[[mx.array, SharedExpert], SharedInner]:
-    """:func:`shared_gate_up` of a shared expert of this layout, for x of ``dtype``."""
-    part = _Shared(shared)
-    function = Function(
-        name="shared_gate_up",
-        file="gate_up.metal",
-        inputs=("x", *part.operands.names),
-        outputs=part.outputs,
-        body=part.body(ROUTE),
-    )
-    numbers = {"K": shared.layout.hidden, "SHARED_N": shared.layout.width}
-    launch = launcher(function, {"T": dtype}, numbers, [part.operands], part.threadgroups)
-
-    def run(x: mx.array, expert: SharedExpert) -> SharedInner:
-        tokens = x.shape[0]
-        shapes = part.shapes(tokens)
-        if not tokens:
-            return SharedInner(expert, *(mx.zeros(shape, dtype) for shape in shapes))
-        outputs = [(shape, dtype) for shape in shapes]
-        return SharedInner(expert, *launch([x, *part.arrays(expert)], tokens, outputs))
-
-    return run
-
-
-class _Shared:
-    """The shared expert's part of a launch of gate_up.metal."""
-
-    def __init__(self, shared: SharedLayout):
-        layout = shared.layout
-        self.gated = shared.output_gate is not None
-        self.width = layout.width
-        self.activation = functor(layout.activation)
-        layouts = {"gate": layout.gate, "up": layout.up, "output_gate": shared.output_gate}
-        self.operands = Operands(**{f"shared_{name}": of for name, of in layouts.items()})
-        self.outputs = ("shared_inner", "shared_logits") if self.gated else ("shared_inner",)
-        self.arrays = reader(layouts)
-        # One simdgroup more than the rows need computes the output gate.
-        self.threadgroups = cover(cover(self.width, ROWS) + self.gated, SIMDGROUPS)
-
-    def body(self, token: str) -> str:
-        stacks = self.operands.stacks
-        return f"""
-  moefast::shared_gate_up<T, ROWS, K, SHARED_N, SHARED_GATE_FAST, SHARED_UP_FAST, SHARED_OUTPUT_GATE_FAST>(
-      x, {stacks["shared_gate"]}, {stacks["shared_up"]}, {self.activation}, {stacks["shared_output_gate"]},
-      shared_inner, {"shared_logits" if self.gated else "moefast::None{}"},
-      {GROUP}, {token}, {LANE});
-"""
-
-    def shapes(self, tokens: int) -> list[tuple[int, ...]]:
-        inner = (tokens, self.width)
-        return [inner, (tokens,)] if self.gated else [inner]
+    shapes = _shared_shapes(x, shared)
+    if not x.shape[0]:
+        return SharedInner(shared, *(mx.zeros(shape, x.dtype) for shape in shapes))
+    launch = kernels.shared_gate_up(shared.layout, x.dtype)
+    outputs = [(shape, x.dtype) for shape in shapes]
+    return SharedInner(shared, *launch([x, *_shared_arrays(shared)], x.shape[0], outputs))
 
 
 def gate_up_with_shared(
     x: mx.array, weights: ExpertWeights, indices: mx.array, shared: SharedExpert
 ) -> tuple[mx.array, SharedInner]:
     """:func:`gate_up` and :func:`shared_gate_up` in one launch."""
-    bound = bind_gate_up_with_shared(weights.layout, shared.layout, indices.shape[1], x.dtype)
-    return bound(x, weights, indices, shared)
+    tokens, top_k = indices.shape
+    shapes = [(tokens, top_k, weights.layout.width), *_shared_shapes(x, shared)]
+    if not tokens:
+        inner, *others = (mx.zeros(shape, x.dtype) for shape in shapes)
+        return inner, SharedInner(shared, *others)
+    launch = kernels.gate_up_with_shared(weights.layout, shared.layout, top_k, x.dtype)
+    arrays = [*arrays_of(weights.gate), *arrays_of(weights.up), *_shared_arrays(shared)]
+    outputs = [(shape, x.dtype) for shape in shapes]
+    inner, *others = launch([x, unsigned(indices), *arrays], tokens * (top_k + 1), outputs)
+    return inner, SharedInner(shared, *others)
 
 
-GateUpWithShared = Callable[[mx.array, ExpertWeights, mx.array, SharedExpert], tuple[mx.array, SharedInner]]
+def _shared_arrays(shared: SharedExpert) -> list[mx.array]:
+    return [*arrays_of(shared.gate), *arrays_of(shared.up), *arrays_of(shared.output_gate)]
 
 
-@lru_cache(maxsize=256)
-def bind_gate_up_with_shared(
-    layout: ExpertLayout, shared: SharedLayout, top_k: int, dtype: mx.Dtype
-) -> GateUpWithShared:
-    """:func:`gate_up_with_shared` of such weights."""
-    layouts = {"gate": layout.gate, "up": layout.up}
-    operands, part = Operands(**layouts), _Shared(shared)
-    function = Function(
-        name="gate_up_with_shared",
-        file="gate_up.metal",
-        inputs=("x", "indices", *operands.names, *part.operands.names),
-        outputs=("inner", *part.outputs),
-        body=f"""
-  const uint token = {ROUTE} / (TOP_K + 1), slot = {ROUTE} % (TOP_K + 1);
-  if (slot < uint(TOP_K)) {{{_routed(layout, operands, "token * TOP_K + slot")}  }} else {{
-    {part.body("token")}  }}
-""",
-    )
-    numbers = {**_routed_numbers(layout, top_k), "SHARED_N": shared.layout.width}
-    threadgroups = max(cover(layout.width, ROWS * SIMDGROUPS), part.threadgroups)
-    launch = launcher(function, {"T": dtype}, numbers, [operands, part.operands], threadgroups)
-    arrays = reader(layouts)
-
-    def run(
-        x: mx.array, weights: ExpertWeights, indices: mx.array, expert: SharedExpert
-    ) -> tuple[mx.array, SharedInner]:
-        tokens = x.shape[0]
-        shapes = [(tokens, top_k, layout.width), *part.shapes(tokens)]
-        if not tokens:
-            inner, *outputs = (mx.zeros(shape, dtype) for shape in shapes)
-        else:
-            inputs = [x, unsigned(indices), *arrays(weights), *part.arrays(expert)]
-            inner, *outputs = launch(inputs, tokens * (top_k + 1), [(shape, dtype) for shape in shapes])
-        return inner, SharedInner(expert, *outputs)
-
-    return run
-
-
-# -- down --------------------------------------------------------------------------------------------------
+def _shared_shapes(x: mx.array, shared: SharedExpert) -> list[tuple[int, ...]]:
+    inner = (x.shape[0], shared.layout.layout.width)
+    return [inner] if shared.output_gate is None else [inner, inner[:1]]
 
 
 def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
@@ -248,40 +125,13 @@ def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array
     Returns:
         ``[tokens, top_k, hidden]`` of inner's dtype.
     """
-    return bind_down(weights.layout, inner.dtype)(inner, weights, indices)
-
-
-@lru_cache(maxsize=256)
-def bind_down(
-    layout: ExpertLayout, dtype: mx.Dtype
-) -> Callable[[mx.array, ExpertWeights, mx.array], mx.array]:
-    """:func:`down` of weights of this layout, for inner activations of ``dtype``."""
-    layouts = {"down": layout.down}
-    operands = Operands(**layouts)
-    function = Function(
-        name="down",
-        file="down.metal",
-        inputs=("inner", "indices", *operands.names),
-        outputs=("out",),
-        body=f"""
-  moefast::down<T, ROWS, K, N, E, DOWN_FAST>(
-      inner, indices, {operands.stacks["down"]}, out, {GROUP}, {ROUTE}, {LANE});
-""",
-    )
-    numbers = {"K": layout.width, "N": layout.hidden, "E": layout.num_experts}
-    threadgroups = cover(layout.hidden, ROWS * SIMDGROUPS)
-    launch = launcher(function, {"T": dtype}, numbers, [operands], threadgroups)
-    arrays = reader(layouts)
-
-    def run(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
-        tokens, top_k = indices.shape
-        shape = (tokens, top_k, layout.hidden)
-        if not tokens:
-            return mx.zeros(shape, dtype)
-        inputs = [inner, unsigned(indices), *arrays(weights)]
-        return launch(inputs, tokens * top_k, [(shape, dtype)])[0]
-
-    return run
+    tokens, top_k = indices.shape
+    shape = (tokens, top_k, weights.layout.hidden)
+    if not tokens:
+        return mx.zeros(shape, inner.dtype)
+    launch = kernels.down(weights.layout, inner.dtype)
+    inputs = [inner, unsigned(indices), *arrays_of(weights.down)]
+    return launch(inputs, tokens * top_k, [(shape, inner.dtype)])[0]
 
 
 def down_combine(
@@ -314,111 +164,19 @@ def down_combine(
     Returns:
         ``[tokens, hidden]`` of inner's dtype.
     """
-    kind = CombineKind(route_weights.dtype, combine_dtype or route_weights.dtype, identity is not None, scale)
+    tokens, top_k = indices.shape
+    shape = (tokens, weights.layout.hidden)
+    if not tokens:
+        return mx.zeros(shape, inner.dtype)
+    dtype = route_weights.dtype
+    kind = kernels.CombineKind(dtype, combine_dtype or dtype, identity is not None, scale)
     layout = None if shared is None else shared.expert.layout
-    bound = bind_down_combine(weights.layout, layout, indices.shape[1], inner.dtype, kind)
-    return bound(inner, weights, indices, route_weights, shared, identity)
-
-
-class CombineKind(NamedTuple):
-    """How :func:`down_combine` ends.
-
-    Attributes:
-        weights: dtype of the routing weights.
-        combine: what they are cast to.
-        identity: experts past the end of the stack return x.
-        scale: on everything but the shared expert.
-    """
-
-    weights: mx.Dtype
-    combine: mx.Dtype
-    identity: bool = False
-    scale: float = 1.0
-
-
-DownCombine = Callable[
-    [
-        mx.array,
-        ExpertWeights,
-        mx.array,
-        mx.array,
-        SharedInner | None,
-        mx.array | None,
-    ],
-    mx.array,
-]
-
-
-@lru_cache(maxsize=256)
-def bind_down_combine(
-    layout: ExpertLayout, shared: SharedLayout | None, top_k: int, dtype: mx.Dtype, kind: CombineKind
-) -> DownCombine:
-    """:func:`down_combine` of such weights; its arguments are ``(inner, weights, indices, route_weights,
-    shared, identity)``."""
-    layouts = {"down": layout.down}
-    operands = [Operands(**layouts)]
-    names = ["inner", "indices", "weights", *operands[0].names]
-    numbers = {"K": layout.width, "N": layout.hidden, "E": layout.num_experts, "TOP_K": top_k}
-    tasks, shared_text = 0, "moefast::NoSharedDown{}"
+    launch = kernels.down_combine(weights.layout, layout, top_k, inner.dtype, kind)
+    inputs = [inner, unsigned(indices), route_weights, *arrays_of(weights.down)]
     if shared is not None:
-        tasks = 1
-        operands.append(Operands(shared_down=shared.layout.down))
-        gated = shared.output_gate is not None
-        names += ["shared_inner", *operands[1].names, *(["shared_logits"] if gated else [])]
-        numbers |= {"SHARED_K": shared.layout.width, "SHARED_TASKS": tasks}
-        shared_text = (
-            "moefast::shared_down<SHARED_DOWN_FAST, SHARED_K, SHARED_TASKS>(shared_inner, "
-            f"{operands[1].stacks['shared_down']}, {'shared_logits' if gated else 'moefast::None{}'})"
-        )
-    if kind.identity:
-        names.append("x")
-    function = Function(
-        name="down_combine",
-        file="down.metal",
-        inputs=tuple(names),
-        outputs=("out",),
-        body=f"""
-  threadgroup T slots[(TOP_K + 1) * ROWS];
-  moefast::down_combine<C, A, I, ROWS, SIMDGROUPS, K, N, E, TOP_K, DOWN_FAST>(
-      inner, indices, weights, {operands[0].stacks["down"]},
-      {shared_text}, {"x" if kind.identity else "moefast::None{}"}, {literal(kind.scale)}, out, slots,
-      int(threadgroup_position_in_grid.y), {ROUTE}, int(simdgroup_index_in_threadgroup), {LANE});
-""",
-    )
-    types = {
-        "T": dtype,
-        "C": kind.combine,
-        "A": _promoted(dtype, kind.combine),
-        "I": _promoted(dtype, kind.weights),
-    }
-    simdgroups = min(top_k + tasks, 12)  # 384 threads: as many as any GPU has of a kernel full of registers
-    launch = launcher(function, types, numbers, operands, cover(layout.hidden, ROWS), simdgroups)
-    arrays = reader(layouts)
-    shared_arrays = None if shared is None else reader({"down": shared.layout.down})
-
-    def run(
-        inner: mx.array,
-        weights: ExpertWeights,
-        indices: mx.array,
-        route_weights: mx.array,
-        shared_inner: SharedInner | None = None,
-        identity: mx.array | None = None,
-    ) -> mx.array:
-        tokens = indices.shape[0]
-        shape = (tokens, layout.hidden)
-        if not tokens:
-            return mx.zeros(shape, dtype)
-        inputs = [inner, unsigned(indices), route_weights, *arrays(weights)]
-        if shared_inner is not None and shared_arrays is not None:
-            inputs += [shared_inner.inner, *shared_arrays(shared_inner.expert)]
-            if shared_inner.logits is not None:
-                inputs.append(shared_inner.logits)
-        if identity is not None:
-            inputs.append(identity)
-        return launch(inputs, tokens, [(shape, dtype)])[0]
-
-    return run
-
-
-def _promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:
-    return a if a == b else mx.float32  # of two float dtypes
+        inputs += [shared.inner, *arrays_of(shared.expert.down)]
+        if shared.logits is not None:
+            inputs.append(shared.logits)
+    if identity is not None:
+        inputs.append(identity)
+    return launch(inputs, tokens, [(shape, inner.dtype)])[0]

@@ -7,13 +7,13 @@ check and shuffle them within :func:`emulation`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from hashlib import blake2s
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -52,31 +52,44 @@ class Launch:
     result: Result | None
 
 
-_emulation: ContextVar[Emulation | None] = ContextVar(
-    "moefast_emulation", default=Emulation() if settings.metal == "emulate" else None
+class _Watch(NamedTuple):
+    """What is not as on a GPU in use: one thing to ask for at each launch."""
+
+    emulation: Emulation | None = None
+    launches: list[Launch] | None = None
+
+
+_watch: ContextVar[_Watch | None] = ContextVar(
+    "moefast_launches", default=_Watch(Emulation()) if settings.metal == "emulate" else None
 )
-_launches: ContextVar[list[Launch] | None] = ContextVar("moefast_launches", default=None)
+
+
+@contextmanager
+def _watching(**changes: Any) -> Iterator[None]:
+    token = _watch.set((_watch.get() or _Watch())._replace(**changes))
+    try:
+        yield
+    finally:
+        _watch.reset(token)
 
 
 @contextmanager
 def emulation(mode: Literal["run", "check"], seed: int | None = None) -> Iterator[None]:
     """Within the block, kernels run in the emulator, in this mode."""
-    token = _emulation.set(Emulation(mode, seed))
-    try:
+    with _watching(emulation=Emulation(mode, seed)):
         yield
-    finally:
-        _emulation.reset(token)
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Every launch made within the block, in order."""
     launches: list[Launch] = []
-    token = _launches.set(launches)
-    try:
+    with _watching(launches=launches):
         yield launches
-    finally:
-        _launches.reset(token)
+
+
+# A launch of which all but the inputs and the shapes of the outputs is fixed.
+Prepared = Callable[[Sequence[mx.array], Sequence[Shape]], list[mx.array]]
 
 
 @dataclass(frozen=True)
@@ -126,13 +139,13 @@ class Function:
             "output_shapes": [shape for shape, _ in outputs],
             "output_dtypes": [dtype for _, dtype in outputs],
         }
+        emulation, launches = _watch.get() or _Watch()
+        made: list[mx.array]
         result = None
-        how = _emulation.get()
-        if how is not None:
-            made, result = _emulated(self, how, arguments)
-        else:
+        if emulation is None:
             made = _compiled(self)(**arguments)
-        launches = _launches.get()
+        else:
+            made, result = _emulated(self, emulation, arguments, with_result=launches is not None)
         if launches is not None:
             launches.append(
                 Launch(
@@ -144,10 +157,34 @@ class Function:
             )
         return made
 
+    def prepare(
+        self, *, template: Template, grid: Size, threadgroup: Size, dtypes: Sequence[mx.Dtype]
+    ) -> Prepared:
+        """A call with these arguments, ``dtypes`` being the outputs': what is left of it costs little."""
+        kernel = _compiled(self)
+        constants, kinds = list(template), list(dtypes)
+
+        def launch(inputs: Sequence[mx.array], shapes: Sequence[Shape]) -> list[mx.array]:
+            if _watch.get() is None:
+                made: list[mx.array] = kernel(
+                    inputs=inputs,
+                    output_shapes=shapes,
+                    output_dtypes=kinds,
+                    grid=grid,
+                    threadgroup=threadgroup,
+                    template=constants,
+                )
+                return made
+            outputs = list(zip(shapes, kinds, strict=True))
+            return self(inputs, template=constants, grid=grid, threadgroup=threadgroup, outputs=outputs)
+
+        return launch
+
 
 def emulated() -> bool:
     """Whether kernels run in the emulator here and now."""
-    return _emulation.get() is not None
+    watch = _watch.get()
+    return watch is not None and watch.emulation is not None
 
 
 @cache
@@ -163,10 +200,10 @@ def _emulator_kernel(function: Function, how: Emulation) -> Any:
 
 
 def _emulated(
-    function: Function, how: Emulation, arguments: dict[str, Any]
+    function: Function, how: Emulation, arguments: dict[str, Any], *, with_result: bool
 ) -> tuple[list[mx.array], Result | None]:
     kernel = _emulator_kernel(function, how)
-    if _launches.get() is None:  # the call knows transformations, and refuses them in words
+    if not with_result:  # the call knows transformations, and refuses them in words
         made: list[mx.array] = kernel(**arguments)
         return made, None
     result, made = kernel.run(**arguments)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ...weights import Layout, Shape
-from .launch import Function
+from .launch import Function, Prepared
 from .operands import Operand, operand_of
 
 # Output rows of a simdgroup. Four rows of two matrices are MLX's number of sums in registers, twice.
@@ -111,13 +111,18 @@ class Launcher(NamedTuple):
         self, inputs: Sequence[mx.array], routes: int, outputs: Sequence[tuple[Shape, mx.Dtype]]
     ) -> list[mx.array]:
         """Launch it for so many routes (or tokens)."""
-        return self.function(
-            inputs,
-            template=self.template,
-            grid=(_LANES, self.threadgroups * self.simdgroups, routes),
-            threadgroup=(_LANES, self.simdgroups, 1),
-            outputs=outputs,
-        )
+        return self.function(inputs, outputs=outputs, **self._geometry(routes))
+
+    def prepare(self, routes: int, dtypes: Sequence[mx.Dtype]) -> Prepared:
+        """A launch for so many routes (or tokens), again and again."""
+        return self.function.prepare(dtypes=dtypes, **self._geometry(routes))
+
+    def _geometry(self, routes: int) -> dict[str, Any]:
+        return {
+            "template": self.template,
+            "grid": (_LANES, self.threadgroups * self.simdgroups, routes),
+            "threadgroup": (_LANES, self.simdgroups, 1),
+        }
 
 
 def launcher(

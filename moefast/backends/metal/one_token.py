@@ -1,7 +1,5 @@
-"""Experts of one token at a time: decode's launches, worked out at the first call of a problem.
-
-A problem fixes layouts and dtypes, so that nothing is looked up by them again: in Python that is what a
-decoded token waits for.
+"""``moe`` of one token, worked out once for all calls of a kind: what is left for Python is to put arrays
+into lists, three or four times.
 """
 
 from __future__ import annotations
@@ -11,62 +9,95 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...weights import ExpertWeights, SharedExpert
-from . import decode
+from ...registry import Problem
+from ...weights import ExpertLayout, Layout, Shape, SharedLayout
+from . import decode_kernels as kernels
+from . import route
 from .dispatch import thresholds
+from .operands import operand_of
+
+Run = Callable[[tuple[mx.array, ...]], mx.array]
 
 
-class OneToken:
-    """``gate_up`` and ``down_combine``, with the shared expert's launch beside the first, or within it where
-    the device's thresholds say so (``merged``)."""
+def bind(problem: Problem) -> Run:
+    """``moe`` on the flat list of its arrays (see :mod:`moefast.backends.flat`), for a problem of one token.
 
-    def __init__(self) -> None:
-        self._run: Callable[..., mx.array] | None = None
+    The shared expert's first half is a launch beside the routed experts', or part of it where the device's
+    thresholds say so (``merged``).
+    """
+    details: tuple[Any, ...] = problem.details
+    spec, layout, shared, logits, bias, scale, combine_dtype = details
+    dtype, top_k, width = problem.dtype, spec.top_k, layout.width
+    router = route.router_of(problem._replace(dtype=getattr(mx, logits), details=(spec, bias, scale)))
+    kind = kernels.CombineKind(
+        router.weights,
+        router.weights if combine_dtype is None else getattr(mx, combine_dtype),
+        spec.identity_experts > 0,
+        spec.scale if spec.scale_place == "output" else 1.0,
+    )
+    identity = kind.identity
+    parts = _Parts(2 + (bias is not None) + (scale is not None), layout, shared)
+    chosen: list[Shape] = [(1, top_k), (1, top_k)]
+    inners: list[Shape] = [(1, top_k, width)]
 
-    def __call__(
-        self,
-        x: mx.array,
-        weights: ExpertWeights,
-        indices: mx.array,
-        route_weights: mx.array,
-        combine_dtype: mx.Dtype | None,
-        *,
-        identity: bool = False,
-        scale: float = 1.0,
-        shared: SharedExpert | None = None,
-    ) -> mx.array:
-        """Arguments as of :func:`.decode.down_combine`, x ``[tokens, hidden]`` -> ``[tokens, hidden]``."""
-        if self._run is None:
-            dtype = route_weights.dtype
-            kind = decode.CombineKind(dtype, combine_dtype or dtype, identity, scale)
-            self._run = _bound(x.dtype, weights, indices.shape[1], kind, shared)
-        return self._run(x, weights, indices, route_weights, shared)
+    choose = router.prepare(1)
+    combine = kernels.down_combine(layout, shared, top_k, dtype, kind).prepare(1, [dtype])
+    if shared is None:
+        first = kernels.gate_up(layout, top_k, dtype).prepare(top_k, [dtype])
+
+        def alone(flat: tuple[mx.array, ...]) -> mx.array:
+            x = flat[0]
+            indices, mix = choose(flat[parts.router], chosen)
+            (inner,) = first([x, indices, *flat[parts.gate_up]], inners)
+            last = [x] if identity else ()
+            return combine([inner, indices, mix, *flat[parts.down], *last], [x.shape])[0]
+
+        return alone
+
+    besides: list[Shape] = [(1, shared.layout.width)]
+    if shared.output_gate is not None:
+        besides.append((1,))
+    dtypes = [dtype] * len(besides)
+    merged = thresholds().merged
+    if merged:
+        both = kernels.gate_up_with_shared(layout, shared, top_k, dtype).prepare(top_k + 1, [dtype, *dtypes])
+    else:
+        beside = kernels.shared_gate_up(shared, dtype).prepare(1, dtypes)
+        first = kernels.gate_up(layout, top_k, dtype).prepare(top_k, [dtype])
+
+    def with_shared(flat: tuple[mx.array, ...]) -> mx.array:
+        x = flat[0]
+        indices, mix = choose(flat[parts.router], chosen)
+        of_shared = flat[parts.shared_gate_up] + flat[parts.output_gate]
+        if merged:
+            inner, *left = both([x, indices, *flat[parts.gate_up], *of_shared], inners + besides)
+        else:
+            left = beside([x, *of_shared], besides)
+            (inner,) = first([x, indices, *flat[parts.gate_up]], inners)
+        inputs = [inner, indices, mix, *flat[parts.down], left[0], *flat[parts.shared_down], *left[1:]]
+        if identity:
+            inputs.append(x)
+        return combine(inputs, [x.shape])[0]
+
+    return with_shared
 
 
-def _bound(
-    dtype: mx.Dtype,
-    weights: ExpertWeights,
-    top_k: int,
-    kind: decode.CombineKind,
-    shared: SharedExpert | None,
-) -> Callable[..., mx.array]:
-    layout = weights.layout
-    others = None if shared is None else shared.layout
-    down_combine = decode.bind_down_combine(layout, others, top_k, dtype, kind)
-    if others is not None and thresholds().merged:
-        together = decode.bind_gate_up_with_shared(layout, others, top_k, dtype)
+class _Parts:
+    """Where in the flat list what stands."""
 
-        def merged(x: mx.array, weights: Any, indices: mx.array, mix: mx.array, shared: Any) -> mx.array:
-            inner, beside = together(x, weights, indices, shared)
-            return down_combine(inner, weights, indices, mix, beside, x if kind.identity else None)
+    def __init__(self, own: int, layout: ExpertLayout, shared: SharedLayout | None):
+        self.router = slice(1, own)  # logits, selection bias, expert scale
+        self.gate_up, self.down, end = _network(own, layout)
+        if shared is not None:
+            self.shared_gate_up, self.shared_down, end = _network(end, shared.layout)
+            self.output_gate = slice(end, end + _arrays(shared.output_gate))
 
-        return merged
-    gate_up = decode.bind_gate_up(layout, top_k, dtype)
-    shared_gate_up = None if others is None else decode.bind_shared_gate_up(others, dtype)
 
-    def apart(x: mx.array, weights: Any, indices: mx.array, mix: mx.array, shared: Any) -> mx.array:
-        beside = None if shared_gate_up is None else shared_gate_up(x, shared)
-        inner = gate_up(x, weights, indices)
-        return down_combine(inner, weights, indices, mix, beside, x if kind.identity else None)
+def _network(start: int, layout: ExpertLayout) -> tuple[slice, slice, int]:
+    middle = start + _arrays(layout.gate) + _arrays(layout.up)
+    end = middle + _arrays(layout.down)
+    return slice(start, middle), slice(middle, end), end
 
-    return apart
+
+def _arrays(layout: Layout | None) -> int:
+    return 0 if layout is None else len(operand_of("", layout).names)

@@ -44,6 +44,6 @@ def operand_of(prefix: str, layout: Layout) -> Operand:
     return Operand(names, tuple((f"{prefix.upper()}_{name}", value) for name, value in numbers.items()))
 
 
-def arrays_of(projection: Projection) -> tuple[mx.array, ...]:
-    """The arrays of a projection that are there, in the order of :class:`Operand`'s names."""
-    return tuple(array for array in projection.arrays if array is not None)
+def arrays_of(projection: Projection | None) -> tuple[mx.array, ...]:
+    """The arrays of a projection that are there, in the order of :class:`Operand`'s names; none of None."""
+    return () if projection is None else tuple(array for array in projection.arrays if array is not None)

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ...registry import Problem
 from ...routing import Routing
 from ...specs import RouterSpec
-from .launch import Function, Template
+from .launch import Function, Prepared, Template
 
 MOST_EXPERTS = 1024
 MOST_CHOSEN = 32
@@ -61,13 +61,17 @@ def route(
 
 def bind(problem: Problem) -> Callable[..., Routing]:
     """:func:`route` for one problem: nothing is looked up at a call."""
+    return router_of(problem).run
+
+
+def router_of(problem: Problem) -> Router:
+    """What runs a problem of ``route``."""
     details: tuple[Any, ...] = problem.details
     spec, bias, scale = details
-    many = problem.phase == "prefill"
-    return _router(spec, problem.dtype, bias, scale, many).run
+    return _router(spec, problem.dtype, bias, scale, problem.phase == "prefill")
 
 
-class _Router(NamedTuple):
+class Router(NamedTuple):
     """A router of certain dtypes: its function and template arguments, how many simdgroups a threadgroup has,
     and the dtype of the weights."""
 
@@ -91,15 +95,21 @@ class _Router(NamedTuple):
         if self.simdgroups > 1:  # the kernel reads how many there are
             rows = logits.reshape(tokens, spec.num_experts)
         arrays = [array for array in (rows, selection_bias, expert_scale) if array is not None]
+        outputs = [(shape, mx.uint32), (shape, self.weights)]
+        return Routing(*self.function(arrays, outputs=outputs, **self._geometry(tokens)))
+
+    def prepare(self, tokens: int) -> Prepared:
+        """A launch for so many tokens, again and again: logits, selection bias and expert scale, as far as
+        they are there, to indices and weights."""
+        return self.function.prepare(dtypes=[mx.uint32, self.weights], **self._geometry(tokens))
+
+    def _geometry(self, tokens: int) -> dict[str, Any]:
         threads = 32 * self.simdgroups
-        indices, weights = self.function(
-            arrays,
-            template=self.template,
-            grid=(-(-tokens // self.simdgroups) * threads, 1, 1),
-            threadgroup=(threads, 1, 1),
-            outputs=[(shape, mx.uint32), (shape, self.weights)],
-        )
-        return Routing(indices, weights)
+        return {
+            "template": self.template,
+            "grid": (-(-tokens // self.simdgroups) * threads, 1, 1),
+            "threadgroup": (threads, 1, 1),
+        }
 
 
 class _Steps(NamedTuple):
@@ -137,7 +147,7 @@ def _promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:
 @lru_cache(maxsize=1024)
 def _router(
     spec: RouterSpec, logits: mx.Dtype, bias: mx.Dtype | None, scale: mx.Dtype | None, many: bool
-) -> _Router:
+) -> Router:
     steps = _steps(logits, spec, bias, scale)
     words = _scratch_words(spec, bias is not None)
     simdgroups = 1
@@ -153,7 +163,7 @@ def _router(
     )
     names = ("SOURCE", "ADDEND", "KEY", "SCORE", "SUM", "PRODUCT", "OUT")
     template = [(f"{name}_T", dtype) for name, dtype in zip(names, steps, strict=True)]
-    return _Router(function, [*template, *_template(spec, bias is not None)], simdgroups, steps.out)
+    return Router(function, [*template, *_template(spec, bias is not None)], simdgroups, steps.out)
 
 
 def _scratch_words(spec: RouterSpec, biased: bool) -> int:

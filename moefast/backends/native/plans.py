@@ -18,7 +18,8 @@ from .loading import bindings
 
 # What a layer does between its products. These need no plan: they take what the reference takes. Through
 # NumPy the attention alone is faster than MLX's own operations.
-BESIDE_EXPERTS = ("attention", "cached_attention", "rms_norm", "layer_norm", "rope", "embed")
+NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+BESIDE_EXPERTS = ("attention", "cached_attention", *NORMS, "rope", "embed")
 
 
 def bind(problem: Problem) -> Bound:
@@ -31,13 +32,18 @@ def bind(problem: Problem) -> Bound:
         return _bind_embed(problem)
     if problem.op in BESIDE_EXPERTS:
         return Bound(getattr(bindings().native, problem.op))
-    operator = _operator(problem.op, dtype_name(problem.dtype), problem.details)
+    operator = operator_of(problem)
     of_layers = {
         "quantized_matmul": operator.matmul_of,
         "quantized_matmuls": operator.matmuls_of,
         "moe": operator.moe_of,
     }.get(problem.op)
     return Bound(_RUN[problem.op](operator), of_layers)
+
+
+def operator_of(problem: Problem) -> Any:
+    """The operator of ``moefast._native`` for a problem of experts, a router or dense products."""
+    return _operator(problem.op, dtype_name(problem.dtype), problem.details)
 
 
 @cache

@@ -7,7 +7,7 @@ from .attention import attention, cached_attention
 from .embed import embed
 from .experts import experts, moe, switch_glu
 from .matmul import dense, several
-from .norm import layer_norm, rms_norm
+from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rope import rope
 from .route import route
 
@@ -24,6 +24,8 @@ REFERENCE = Backend(
         "cached_attention": Kernel(cached_attention),
         "rms_norm": Kernel(rms_norm),
         "layer_norm": Kernel(layer_norm),
+        "add_rms_norm": Kernel(add_rms_norm),
+        "add_layer_norm": Kernel(add_layer_norm),
         "rope": Kernel(rope),
         "embed": Kernel(embed),
     },
