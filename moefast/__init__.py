@@ -6,6 +6,8 @@
 
 Every operation takes ``backend="auto"``; see :func:`use_backend` and :func:`backends`. The layers built on
 them are in :mod:`moefast.nn`, the models in :mod:`moefast.models`.
+
+    moefast.accelerate(model)                         # the MoE layers of a model that mlx-lm loaded
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ except ImportError as error:
     ) from error
 
 from . import nn
+from .acceleration import accelerate, accelerated, restore
 from .backends import backends, use_backend
 from .ops import experts, moe, quantized_matmul, route, switch_glu
 from .routing import Routing
@@ -46,12 +49,15 @@ __all__ = [
     "Routing",
     "SharedExpert",
     "__version__",
+    "accelerate",
+    "accelerated",
     "backends",
     "experts",
     "load",
     "moe",
     "nn",
     "quantized_matmul",
+    "restore",
     "route",
     "switch_glu",
     "use_backend",

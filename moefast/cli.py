@@ -1,4 +1,4 @@
-"""The ``moefast`` command: ``generate``, ``init-model``, ``doctor`` and ``bench``.
+"""The ``moefast`` command: ``lm``, ``generate``, ``verify``, ``init-model``, ``doctor`` and ``bench``.
 
 Each subcommand imports what it needs when it runs: ``--help`` is immediate, and ``doctor`` works without
 the ``lm`` extra.
@@ -26,6 +26,9 @@ _LM_PACKAGES = {
     "transformers",
 }
 
+# Packages that mlx-lm's own extras bring: of which command, which extra.
+_MLX_LM_EXTRAS = {"datasets": "train", "lm_eval": "evaluate", "tqdm": "train", "PIL": "vision"}
+
 _OK, _REFUSED, _INTERRUPTED = 0, 2, 130
 
 Run = Callable[[argparse.Namespace], int]
@@ -42,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         says which); 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["lm"] and argv[1:] not in ([], ["-h"], ["--help"]):
+        return _hand_over(argv[1:])
     try:
-        parser = _parser(with_bench=argv[:1] == ["bench"])
+        parser = _parser(argv[0] if argv else None)
         arguments = parser.parse_args(argv)
         run: Run = arguments.run
         return run(arguments)
@@ -55,13 +60,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _OK
     except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in _LM_PACKAGES:
-            how = 'install moefast with its extra lm (in a checkout: pip install ".[lm]")'
-            return _refuse(f"{argv[0]} needs {package}: {how}")
-        return _refuse(error)
+        return _refuse(_missing(argv[0], error) or error)
     except (ValueError, OSError) as error:
         return _refuse(error)
+
+
+def _hand_over(argv: list[str]) -> int:
+    """``moefast lm COMMAND``: what goes wrong in mlx-lm's command, and Ctrl-C, end as they do in mlx-lm."""
+    try:
+        from .lm.hand_over import prepare
+
+        run = prepare(argv)
+    except (ImportError, ValueError) as error:
+        return _refuse((isinstance(error, ImportError) and _missing(f"lm {argv[0]}", error)) or error)
+    try:
+        run()
+    except ImportError as error:
+        missing = _missing(f"lm {argv[0]}", error)
+        if missing is None:
+            raise
+        return _refuse(missing)
+    return _OK
+
+
+def _missing(command: str, error: ImportError) -> str | None:
+    """Which extra to install, where a package of one is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package in _LM_PACKAGES:
+        how = 'install moefast with its extra lm (in a checkout: pip install ".[lm]")'
+        return f"{command} needs {package}: {how}"
+    if package in _MLX_LM_EXTRAS:
+        return f"{command} needs {package}: install mlx-lm[{_MLX_LM_EXTRAS[package]}]"
+    return None
 
 
 def _refuse(error: object) -> int:
@@ -70,7 +100,8 @@ def _refuse(error: object) -> int:
     return _REFUSED
 
 
-def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
+def _parser(wanted: str | None) -> argparse.ArgumentParser:
+    """With all that there is to know of the command that is wanted."""
     parser = argparse.ArgumentParser(
         prog="moefast",
         description="Mixture-of-Experts layers for MLX, with interchangeable backends.",
@@ -78,10 +109,13 @@ def _parser(*, with_bench: bool) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_lm(commands, wanted == "lm")
     _add_generate(commands)
+    _add_verify(commands)
+    _add_tune(commands)
     _add_init_model(commands)
     _add_doctor(commands)
-    _add_bench(commands, with_bench)
+    _add_bench(commands, wanted == "bench")
     return parser
 
 
@@ -104,6 +138,49 @@ def _command(commands: Any, name: str, what: str, examples: str) -> argparse.Arg
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
+
+
+def _add_lm(commands: Any, wanted: bool) -> None:
+    """Only its help: with a command of mlx-lm, :func:`main` has handed over before it comes here."""
+    examples = ""
+    if wanted:
+        from .lm.hand_over import EXAMPLES as examples  # noqa: N811
+        from .lm.hand_over import listing
+    parser = _command(commands, "lm", "run a command of mlx-lm with its models accelerated", examples)
+    parser.usage = "moefast lm COMMAND [mlx-lm's arguments ...]"
+    if wanted:
+        parser.description = f"{parser.description}\n\n{listing()}"
+    parser.set_defaults(run=lambda _: print(parser.format_help(), end="") or _OK)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "compare a model as mlx-lm runs it with the same model accelerated",
+        "  moefast verify --model ./granite-4bit\n"
+        "  moefast verify --model owner/name --tokens 16 --backend native --json > verify.json",
+    )
+    parser.add_argument("--model", required=True, help="a directory, or a Hugging Face repository id")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens that the plain model generates and both are compared on (default: %(default)s)",
+    )
+    parser.add_argument("--prompt", "-p", help="the text before them (default: a sentence)")
+    parser.add_argument(
+        "--backend", default="auto", help="a backend of `moefast doctor`, or auto (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .lm.compare_report import run
+
+    return run(arguments)
 
 
 def _add_generate(commands: Any) -> None:
@@ -145,6 +222,36 @@ def _add_generate(commands: Any) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from .lm.generate import run
+
+    return run(arguments)
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "tune",
+        "measure which of a model's layers moefast makes faster on this machine, and remember it",
+        "  moefast tune --model ./granite-4bit\n"
+        "  moefast tune --model owner/name --budget 300\n"
+        "  moefast tune --show\n"
+        "  moefast tune --clear    # accelerate everything that can be again",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a directory, or a Hugging Face repository id")
+    what.add_argument("--show", action="store_true", help="print what is remembered for this machine")
+    what.add_argument("--clear", action="store_true", help="forget it")
+    parser.add_argument(
+        "--budget", type=float, default=120.0, metavar="SECONDS", help="about (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--no-threads", action="store_true", help="do not try numbers of threads of the native backend"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from .lm.tune import run
 
     return run(arguments)
 

@@ -1,6 +1,7 @@
 """Every environment variable moefast reads, in one place.
 
 ===================  ===================================================================================
+``MOEFAST``          ``0``, false, no or off: :func:`moefast.accelerate` does nothing
 ``MOEFAST_BACKEND``  default backend: ``auto`` (fastest available), or a name of ``moefast.backends()``
 ``MOEFAST_CACHE``    folder of what the Metal emulator compiles, and of what ``moefast doctor`` found out of
                      this machine's GPU; by default in the user's cache folder
@@ -39,6 +40,7 @@ class Settings:
     backend: str = "auto"
     cache: str = ""
     clang: str = ""
+    enabled: bool = True
     isa: str = ""
     log: bool = False
     metal: str = ""
@@ -50,6 +52,9 @@ class Settings:
         log = environ.get("MOEFAST_LOG", "").lower()
         if log not in (*_ON, *_OFF):
             refuse("env", f"MOEFAST_LOG must be one of {(*_ON, *_OFF)}", repr(log))
+        enabled = environ.get("MOEFAST", "").lower() or "1"
+        if enabled not in (*_ON, *_OFF):
+            refuse("env", f"MOEFAST must be one of {(*_ON, *_OFF)}", repr(enabled))
         isa = environ.get("MOEFAST_ISA", "")
         if isa and isa not in ISAS:
             refuse("env", f"MOEFAST_ISA must be one of {ISAS}", repr(isa))
@@ -63,6 +68,7 @@ class Settings:
             backend=environ.get("MOEFAST_BACKEND", "") or "auto",
             cache=environ.get("MOEFAST_CACHE", ""),
             clang=environ.get("MOEFAST_CLANG", ""),
+            enabled=enabled in _ON,
             isa=isa,
             log=log in _ON,
             metal=metal,

@@ -146,6 +146,7 @@ def bound(
     reductions: Sequence[int] = (),
     top_k: int = 1,
     gradient: bool = False,
+    logits: float = 0.0,
 ) -> Bound:
     """The bound on an operation's error; the model is in the module's docstring.
 
@@ -155,17 +156,27 @@ def bound(
         reductions: lengths of the dot products one after another, such as ``(hidden, width)``.
         top_k: terms of the combine.
         gradient: of the operation; it recomputes the forward pass and has as many steps again, twice.
+        logits: where the router's layer is part of it, its logits' largest magnitude. They are a dot product
+            over ``reductions[0]``, rounded once, and an absolute error of theirs is a relative one of the
+            weights.
     """
     passes = 3 if gradient else 1
     u = unit_roundoff(dtype)
     functions = 0 if op in ("quantized_matmul", "dequantize") else 1
+    router = logits**2 * (u**2 / 3 + reductions[0] * _U32**2 / 6) if logits else 0.0
     variance = (
         roundings(op, top_k) * u**2 / 3
         + sum(reductions) * _U32**2 / 6
         + functions * (_FUNCTION_ROUNDOFFS * _U32) ** 2
+        + router
     )
     rms = max(_SLACK * float(np.sqrt(passes * variance)), u)
     return Bound(max=_PEAK * rms, rms=rms)
+
+
+def bound_of_two(first: Bound, second: Bound) -> Bound:
+    """On the difference of two outputs, each within its bound of the truth."""
+    return Bound(max=first.max + second.max, rms=first.rms + second.rms)
 
 
 def within(got: Any, want: Any, limit: Bound) -> tuple[bool, Error]:

@@ -107,7 +107,7 @@ def test_paragraphs_of_libraries_become_one_line(
         raise OSError("repository not found\n\n  Please log in.\n")
 
     # By import_module: as an attribute of the package, load is the function.
-    monkeypatch.setattr(import_module("moefast.lm.load"), "_folder", fail)
+    monkeypatch.setattr(import_module("moefast.lm.load"), "folder_of", fail)
     assert main(["generate", "--model", "owner/name"]) == 2
     assert error(capsys) == "repository not found Please log in."
 

@@ -23,6 +23,9 @@ WORKER = Path(__file__).parent / "distributed" / "worker.py"
 # A run takes a fraction of it; what is left over when it ends is a rank waiting for another.
 SECONDS = 90
 
+# A rank's failures by check, and what the ranks printed.
+Outcome = tuple[list[dict[str, str | None]], str]
+
 
 def free_ports(count: int) -> list[int]:
     """Ports that were free a moment ago."""
@@ -35,8 +38,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def run_ranks(folder: Path) -> tuple[list[dict[str, str | None]], str]:
-    """Run the worker on every rank: a rank's failures by check, and what the ranks printed."""
+def run_ranks(folder: Path, worker: Path) -> Outcome:
+    """Run the worker on every rank."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(RANKS)]))
     results = [folder / f"rank{rank}.jsonl" for rank in range(RANKS)]
@@ -47,12 +50,12 @@ def run_ranks(folder: Path) -> tuple[list[dict[str, str | None]], str]:
             with logs[rank].open("w") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(WORKER), str(results[rank])],
+                        [sys.executable, str(worker), str(results[rank])],
                         env={
                             **os.environ,
                             "MLX_RANK": str(rank),
                             "MLX_HOSTFILE": str(hosts),
-                            "PYTHONPATH": os.pathsep.join([str(WORKER.parent.parent), *sys.path]),
+                            "PYTHONPATH": os.pathsep.join([str(worker.parent.parent), *sys.path]),
                         },
                         stdin=subprocess.DEVNULL,
                         stdout=log,
@@ -73,19 +76,24 @@ def run_ranks(folder: Path) -> tuple[list[dict[str, str | None]], str]:
     return found, "\n".join(log.read_text() for log in logs)
 
 
+def run_twice(tmp_path_factory: pytest.TempPathFactory, worker: Path) -> Outcome:
+    """:func:`run_ranks`, and once more if another process was given one of the ports in between."""
+    found, log = run_ranks(tmp_path_factory.mktemp("ranks"), worker)
+    if not any(found):
+        found, log = run_ranks(tmp_path_factory.mktemp("ranks_again"), worker)
+    return found, log
+
+
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, str | None]], str]:
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     if not mx.distributed.is_available("ring"):
         pytest.skip("this build of MLX has no ring backend")
-    found, log = run_ranks(tmp_path_factory.mktemp("ranks"))
-    if not any(found):  # another process was given one of the ports in between
-        found, log = run_ranks(tmp_path_factory.mktemp("ranks_again"))
-    return found, log
+    return run_twice(tmp_path_factory, WORKER)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("check", CHECKS)
-def test_ranks_agree_with_one_process(check: str, outcome: tuple[list[dict[str, str | None]], str]) -> None:
+def test_ranks_agree_with_one_process(check: str, outcome: Outcome) -> None:
     found, log = outcome
     for rank, failures in enumerate(found):
         assert check in failures, f"rank {rank} never came to this check:\n{log}"

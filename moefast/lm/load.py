@@ -62,7 +62,7 @@ def load(
     reason = None if backend == "auto" else backends()[backend]
     if reason is not None:
         refuse("load", f"backend {backend!r} must be able to run here", reason)
-    folder = _folder(path_or_repo)
+    folder = folder_of(path_or_repo)
     read_json(folder / "config.json")  # for its errors
 
     from mlx_lm.utils import load_config, load_model
@@ -81,7 +81,7 @@ def load(
     return model, tokenizer
 
 
-def _folder(path_or_repo: str | os.PathLike[str]) -> Path:
+def folder_of(path_or_repo: str | os.PathLike[str]) -> Path:
     """The checkpoint's directory; a repository is downloaded as mlx-lm does it."""
     local = Path(path_or_repo).expanduser()
     if local.is_dir():

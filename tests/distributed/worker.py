@@ -173,11 +173,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def main(results: Path) -> None:
+def run(checks: dict[str, Check], results: Path) -> None:
+    """Run the checks, a line each."""
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(strict=True, backend="ring")
     with results.open("w") as out:
-        for name, check in CHECKS.items():
+        for name, check in checks.items():
             try:
                 check(group)
                 failure = None
@@ -187,4 +188,4 @@ def main(results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run(CHECKS, Path(sys.argv[1]))

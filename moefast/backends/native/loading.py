@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ... import tuning
 from ...env import settings
 from ...weights import Layout
 
@@ -47,6 +48,11 @@ def probe() -> str | None:
     """Why no kernel can run here, or None."""
     found = bindings()
     return None if found.native or found.kernels else found.reason
+
+
+def threads() -> int:
+    """How many the kernels are to use: as the environment says, or as was found fastest; 0 for every core."""
+    return settings.threads or tuning.threads()
 
 
 def build_info(name: str) -> str:
@@ -132,7 +138,7 @@ def _usable(name: str, reason: str, attempt: Callable[[ModuleType], None]) -> tu
 
 
 def _try_native(module: Any) -> None:
-    module.configure(settings.threads, settings.isa)
+    module.configure(threads(), settings.isa)
     layout = Layout(0, 1, 1, mx.float32, None, None, False)
     operator = module.plan(
         "quantized_matmul", ["float32"], layout=layout, out_dtype="float32", reference=lambda arrays: arrays
@@ -148,6 +154,6 @@ def _try_kernels(module: Any) -> None:
     import numpy as np
 
     one = np.ones((1, 1), np.float32)
-    y = module.Engine(settings.threads, settings.isa).matmul(one, module.Projection(one))
+    y = module.Engine(threads(), settings.isa).matmul(one, module.Projection(one))
     if y.item() != 1.0:
         raise RuntimeError(f"1 x 1 must be 1, got {y.item()}")

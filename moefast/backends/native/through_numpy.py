@@ -20,13 +20,13 @@ from ...weights import ExpertLayout, Layout, dtype_name
 from .. import dtypes
 from ..differentiable import differentiable
 from ..reference import REFERENCE
-from .loading import bindings
+from .loading import bindings, threads
 
 
 @lru_cache(maxsize=1)
 def engine() -> Any:
     """The process's engine. (Two threads may make two at once: one is dropped.)"""
-    return bindings().kernels.Engine(settings.threads, settings.isa)
+    return bindings().kernels.Engine(threads(), settings.isa)
 
 
 def bind(problem: Problem) -> Callable[..., Any]:

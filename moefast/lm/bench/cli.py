@@ -20,12 +20,13 @@ from ...backends import backends, registry
 from ...models import FAMILIES
 from . import machine, plot, report
 from .bandwidth import measure_bandwidth
-from .family import STOCK, FamilyFigures, Settings, run_family, weight_of
+from .family import ACCELERATED, STOCK, FamilyFigures, Settings, run_family, weight_of
 from .measure import Goal
 from .plan import share
 
 _DESCRIPTION = """\
-Tokens per second of language models with moefast's backends, and with mlx-lm alone.
+Tokens per second of language models with moefast's backends, with mlx-lm alone, and with mlx-lm's models
+after moefast.accelerate ("accelerated").
 
 Models have the real layer sizes, random weights and the first layers only (--layers): nothing is
 downloaded. Every output is compared with the reference before it is timed. Subjects take turns, so that a
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     available = [name for name, reason in backends().items() if reason is None]
+    known = [*STOCK, *ACCELERATED, *registry.names()]
+    default = [*STOCK, "accelerated-bf16", *available]
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME",
                         help=f"which models: {', '.join(FAMILIES)} (default: all)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
@@ -68,10 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="for everything, about (default: 200)")  # fmt: skip
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N",
                         help="runs of each figure, time permitting (default: 5)")  # fmt: skip
-    parser.add_argument("--subjects", nargs="+", metavar="NAME", default=[*STOCK, *available],
-                        choices=[*STOCK, *registry.names()],
-                        help=f"what to measure: {', '.join([*STOCK, *registry.names()])} "
-                             f"(default here: {' '.join([*STOCK, *available])})")  # fmt: skip
+    parser.add_argument("--subjects", nargs="+", metavar="NAME", default=default,
+                        choices=known,
+                        help=f"what to measure: {', '.join(known)} "
+                             f"(default here: {' '.join(default)})")  # fmt: skip
     parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and prompts (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON to a file, too")
     parser.add_argument("--profile", action="store_true",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ...acceleration import accelerate
 from ..presets import preset
 from .measure import PHASES, Bench, Figures, Goal, baseline, ratio_to
 from .models import build, bytes_per_token, draw_weights, fill, in_float32
@@ -18,6 +19,8 @@ from .subjects import ModelSubject
 from .truth import Prompt, Truth
 
 STOCK = {"mlx-lm-bf16": mx.bfloat16, "mlx-lm-fp32": mx.float32}
+# mlx-lm's own model after moefast.accelerate.
+ACCELERATED = {"accelerated-bf16": mx.bfloat16, "accelerated-fp32": mx.float32}
 
 # Part of a family's time that one run of the reference in float32 may take, and the fewest tokens it runs.
 _TRUTH_PART = 0.06
@@ -41,7 +44,7 @@ class Settings:
         size: ``layers=N`` of the real model, or another size of :func:`moefast.lm.preset`.
         bits: of the weights, in groups of 64.
         goal: token counts and repeats.
-        subjects: labels: ``mlx-lm-bf16``, ``mlx-lm-fp32``, or a backend of moefast.
+        subjects: labels: of ``STOCK`` or ``ACCELERATED``, or a backend of moefast.
         seed: of weights and prompts.
         profile: say, too, where the time goes.
     """
@@ -169,13 +172,18 @@ def _measure(
 
     subjects: list[ModelSubject] = []
     for label in settings.subjects:
-        if label in STOCK:
-            dtype = STOCK[label]
+        if label in STOCK or label in ACCELERATED:
+            dtype = (STOCK | ACCELERATED)[label]
             single = dtype == mx.float32
             stock = build(config, settings.bits, stock=True)
             fill(stock, weights32 if single else weights, stock=True)
-            # MLX's CPU sums quantized products in bfloat16; and what mlx-lm's blocks chose is not seen.
-            subject = ModelSubject(label, stock, dtype, None, plain, steps=goal.decode, judged=single)
+            if label in ACCELERATED:
+                accelerate(stock)
+                truth = plain if single else rounded
+                subject = ModelSubject(label, stock, dtype, "auto", truth, steps=goal.decode, judged=True)
+            else:
+                # MLX's CPU sums quantized products in bfloat16; and what mlx-lm's blocks chose is not seen.
+                subject = ModelSubject(label, stock, dtype, None, plain, steps=goal.decode, judged=single)
         else:
             subject = ModelSubject(label, model, mx.bfloat16, label, rounded, steps=goal.decode, judged=True)
         subjects.append(subject)

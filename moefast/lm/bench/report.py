@@ -119,7 +119,7 @@ def _total(seconds: float, python: float) -> list[str]:
 def name_of(f: Figures) -> str:
     """Who, in what precision: ``reference bf16``."""
     short = {"bfloat16": "bf16", "float32": "fp32"}[f.dtype]
-    return f"{'mlx-lm' if f.backend is None else f.label} {short}"
+    return f"{f.label.removesuffix(f'-{short}')} {short}"
 
 
 def note_on(f: Figures) -> str:

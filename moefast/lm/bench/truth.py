@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from ...acceleration.block import AcceleratedBlock
 from ...backends import use_backend
 from ...nn import MoE, Router
 from .models import backbone_of, head
@@ -88,11 +89,13 @@ def run_step(model: Any, token: mx.array, cache: Any) -> mx.array:
 
 @contextmanager
 def hooked_routers(model: Any, hook: Callable[[int, mx.array], mx.array]) -> Iterator[None]:
-    """Pass the router logits of a moefast model through ``hook(i, logits)``, i counting the MoE blocks.
+    """Pass the router logits of a moefast model, or of an accelerated one of mlx-lm, through ``hook(i,
+    logits)``, i counting the MoE blocks.
 
-    mlx-lm's models have no such block: there nothing is called.
+    mlx-lm's own models have no such block: there nothing is called.
     """
     routers = [m[m.names.router] for m in model.modules() if isinstance(m, MoE)]
+    routers += [m for m in model.modules() if isinstance(m, AcceleratedBlock)]
     kinds = [type(router) for router in routers]
     calls = iter(range(len(routers)))
 
@@ -116,6 +119,13 @@ def _hooked(kind: type[Any], hook: Callable[[mx.array], mx.array]) -> type[Any]:
             return hook(kind.logits(self, x))
 
         return type(kind.__name__, (kind,), {"logits": logits})
+
+    if issubclass(kind, AcceleratedBlock):
+
+        def moefast_logits(self: Any, x: mx.array) -> mx.array:
+            return hook(kind.moefast_logits(self, x))
+
+        return type(kind.__name__, (kind,), {"moefast_logits": moefast_logits})
 
     def call(self: Any, x: mx.array) -> mx.array:
         return hook(kind.__call__(self, x))

@@ -1,0 +1,145 @@
+"""What ``moefast tune`` measured on this machine, kept in the user's cache and read by ``auto``.
+
+For each machine, and the releases it was measured with: of every kind of layer, phase by phase, whether a
+backend or the original is faster; and how many threads. Nothing stored means nothing decided: what can run on
+a backend does.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from hashlib import blake2s
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .env import cache_folder
+from .registry import Problem, device_name, log
+
+# What stands for a backend's name where the model's own computation is faster.
+ORIGINAL = "original"
+
+_ignored: ContextVar[bool] = ContextVar("moefast_tuning_ignored", default=False)
+
+
+def choice(problem: Problem) -> str | None:
+    """The backend that was fastest for this kind of layer in this phase, ``"original"``, or None where nobody
+    has measured it."""
+    if _ignored.get():
+        return None
+    layers: Mapping[str, Any] = stored().get("layers", {})
+    found = layers.get(key_of(problem))
+    chosen: str | None = None if found is None else found["phases"].get(problem.phase, {}).get("choice")
+    return chosen
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Within the block nothing has been measured: what measures must be able to choose freely."""
+    token = _ignored.set(True)
+    try:
+        yield
+    finally:
+        _ignored.reset(token)
+
+
+def threads() -> int:
+    """The native backend's fastest number of threads, 0 where nobody has measured it."""
+    return int(stored().get("threads", 0))
+
+
+def key_of(problem: Problem) -> str:
+    """Names a kind of layer: everything about a problem but its phase."""
+    text = repr((problem.op, problem.device, str(problem.dtype), problem.details))
+    return blake2s(text.encode(), digest_size=8).hexdigest()
+
+
+@cache
+def stored() -> Mapping[str, Any]:
+    """What was found on this machine with these releases; empty where nothing was."""
+    found = everything().get(identity(), {})
+    return found if isinstance(found, dict) else {}
+
+
+@cache
+def identity() -> str:
+    """What figures hold for: the machine, and the releases of moefast, MLX and mlx-lm."""
+    import os
+
+    if device_name() == "gpu":
+        machine = str(mx.device_info().get("device_name", "gpu"))
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        machine = f"{_processor()}, {cores} cores"
+    releases = ", ".join(f"{name} {_version(name)}" for name in ("moefast", "mlx", "mlx-lm"))
+    return f"{machine}; {releases}"
+
+
+def everything() -> dict[str, Any]:
+    """All that is kept, by :func:`identity`; where the file cannot be read, nothing, and the log says so."""
+    try:
+        found = json.loads(file().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("tuning: %s cannot be read, and is ignored: %s", file(), error)
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def store(found: Mapping[str, Any]) -> Path:
+    """Keep what was found on this machine; layers that were measured before, and not now, are kept too."""
+    before = dict(stored())
+    layers = {**before.get("layers", {}), **found.get("layers", {})}
+    kept = {**before, **found, "layers": layers}
+    _write({**everything(), identity(): kept})
+    return file()
+
+
+def clear() -> bool:
+    """Forget what was found on this machine with these releases; whether there was something."""
+    kept = everything()
+    if identity() not in kept:
+        return False
+    del kept[identity()]
+    _write(kept)
+    return True
+
+
+def file() -> Path:
+    """Where it is kept."""
+    return cache_folder("tuning") / "tuning.json"
+
+
+def _write(content: dict[str, Any]) -> None:
+    path = file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)  # whole or not at all
+    stored.cache_clear()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,217 @@
+"""``moefast tune``: what is measured, how it is decided, kept and obeyed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import moefast
+from moefast import tuning
+from moefast.backends import native
+from moefast.cli import main
+
+pytest.importorskip("mlx_lm", reason="tunes models of mlx-lm")
+
+from mlx_lm.utils import load_model
+
+from moefast.acceleration.swap import original_of
+from moefast.lm import init_model
+from moefast.lm.tune import Kind, as_stored, fastest_threads, kinds_of, stopwatch, tune
+
+needs_native = pytest.mark.skipif(
+    moefast.backends()["native"] is not None, reason="no native build: nothing to choose from"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(tuning, "cache_folder", lambda part: tmp_path / part)
+    tuning.stored.cache_clear()
+    yield tmp_path
+    tuning.stored.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tuning") / "tiny"
+    init_model("qwen2_moe", folder, size="tiny", dtype="float32")
+    return folder
+
+
+@pytest.fixture
+def model(checkpoint: Path) -> Any:
+    loaded, _ = load_model(checkpoint)
+    return loaded.eval()
+
+
+def blocks(model: Any) -> list[Any]:
+    return [layer.mlp for layer in model.model.layers]
+
+
+def measured(model: Any, seconds: Callable[[bool, str], float]) -> list[Kind]:
+    """Tune with a stopwatch that runs nothing: ``seconds(accelerated?, phase)``."""
+    modules = [module for _, module in model.named_modules()]
+    phases: list[str] = []
+
+    def watch(run: Callable[[], mx.array]) -> float:
+        y = run()
+        tokens = y.shape[1]
+        phases.append({1: "decode", 16: "band", 128: "prefill"}[tokens])
+        return seconds(any(original_of(module) is not None for module in modules), phases[-1])
+
+    kinds = tune(model, seconds=0.01, watch=watch)
+    assert set(phases) == {"decode", "band", "prefill"}
+    assert all(original_of(module) is None for module in modules)
+    return kinds
+
+
+@needs_native
+def test_every_kind_of_layer_once(model: Any) -> None:
+    kinds = kinds_of(model)
+    assert len({kind.key for kind in kinds}) == len(kinds)
+    block = next(kind for kind in kinds if kind.layers[0].what == "block")
+    assert [layer.module for layer in block.layers] == blocks(model)
+    assert "experts 256 x 128" in block.what
+
+
+@needs_native
+def test_the_slower_side_is_not_chosen(model: Any) -> None:
+    kinds = measured(model, lambda accelerated, phase: 2.0 if accelerated == (phase == "band") else 1.0)
+    for kind in kinds:
+        chosen = {phase: found["choice"] for phase, found in kind.decided().items()}
+        assert chosen == {"decode": "native", "band": "original", "prefill": "native"}
+
+
+@needs_native
+@pytest.mark.slow
+def test_real_runs_are_timed(model: Any) -> None:
+    kinds = tune(model, seconds=0.01, watch=stopwatch)
+    for kind in kinds:
+        assert set(kind.seconds) == {"decode", "band", "prefill"}
+        for sides in kind.seconds.values():
+            assert set(sides) == {"original", "native"}
+            assert all(took > 0 for runs in sides.values() for took in runs)
+
+
+@needs_native
+def test_auto_obeys(model: Any) -> None:
+    ids = mx.array([[3, 1, 4, 1, 5]])
+    plain = model(ids[:, :1])
+    kinds = measured(model, lambda accelerated, phase: 2.0 if accelerated == (phase == "decode") else 1.0)
+    tuning.store(as_stored(kinds))
+    report = moefast.accelerate(model)
+    phases = {"decode": "original", "band": "native", "prefill": "native"}
+    assert [entry.backends for entry in report.accelerated] == [phases] * len(blocks(model))
+    assert "decode original" in str(report)
+    # With every layer of this phase as it was, the bits are, too; rope and norms apart.
+    block = blocks(model)[0]
+    x = mx.random.normal((1, 1, 256))
+    got = block(x)
+    moefast.restore(model)
+    assert mx.array_equal(got, block(x))
+    assert mx.allclose(plain, model(ids[:, :1]))
+
+
+@needs_native
+def test_a_layer_that_is_always_slower_is_left_alone(model: Any) -> None:
+    kinds = measured(model, lambda accelerated, phase: 2.0 if accelerated else 1.0)
+    tuning.store(as_stored(kinds))
+    report = moefast.accelerate(model)
+    assert not report.accelerated
+    assert {entry.reason for entry in report.original} == {"moefast tune found the original faster"}
+    assert all(original_of(block) is None for block in blocks(model))
+    # Who asks for a backend by name gets it.
+    assert moefast.accelerate(model, backend="native").accelerated
+
+
+@needs_native
+def test_other_sizes_are_not_decided(model: Any, tmp_path: Path) -> None:
+    tuning.store(as_stored(measured(model, lambda accelerated, phase: 2.0 if accelerated else 1.0)))
+    init_model("granitemoe", tmp_path / "other", size="tiny")
+    other, _ = load_model(tmp_path / "other")
+    assert moefast.accelerate(other).accelerated
+
+
+def test_numbers_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "describe", lambda: {"threads": 8})
+    took = {1: 8.0, 2: 4.0, 4: 2.0, 8: 3.0}
+    asked: list[int] = []
+
+    def run(threads: int, path: str, seconds: float) -> float:
+        asked.append(threads)
+        return took[threads]
+
+    assert fastest_threads("model", 4.0, run) == (4, took)
+    assert asked == [1, 2, 4, 8]
+    took[4] = 2.9  # within what two processes differ by
+    assert fastest_threads("model", 4.0, run)[0] == 0
+
+
+def test_threads_are_used() -> None:
+    from moefast.backends.native import loading
+
+    assert loading.threads() == moefast.env.settings.threads
+    tuning.store({"threads": 3})
+    assert loading.threads() == (moefast.env.settings.threads or 3)
+
+
+def test_what_is_stored_grows_and_is_forgotten() -> None:
+    assert not tuning.clear()
+    one = {"what": "one", "phases": {}}
+    tuning.store({"when": "today", "threads": 2, "layers": {"a": one}})
+    tuning.store({"when": "later", "layers": {"b": one}})
+    assert tuning.stored() == {"when": "later", "threads": 2, "layers": {"a": one, "b": one}}
+    kept = json.loads(tuning.file().read_text())
+    tuning.file().write_text(json.dumps({**kept, "another machine": {"threads": 7}}))
+    assert tuning.clear()
+    assert tuning.stored() == {}
+    assert json.loads(tuning.file().read_text()) == {"another machine": {"threads": 7}}
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{]", '{"%s": 3}'])
+def test_a_broken_file_decides_nothing(content: str, caplog: pytest.LogCaptureFixture) -> None:
+    tuning.file().parent.mkdir(parents=True)
+    tuning.file().write_text(content.replace("%s", tuning.identity()))
+    tuning.stored.cache_clear()
+    assert tuning.stored() == {}
+    assert tuning.threads() == 0
+
+
+@needs_native
+def test_the_command(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["tune", "--model", str(checkpoint), "--budget", "0.1", "--no-threads", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["identity"] == tuning.identity()
+    assert found["layers"] == tuning.stored()["layers"]
+    assert main(["tune", "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert "Qwen2MoeSparseMoeBlock" in shown
+    assert main(["tune", "--clear"]) == 0
+    assert main(["tune", "--show"]) == 0
+    assert "nothing is stored" in capsys.readouterr().out
+
+
+@needs_native
+@pytest.mark.slow
+def test_threads_in_processes_of_their_own(checkpoint: Path) -> None:
+    best, took = fastest_threads(str(checkpoint), 1.0)
+    assert all(seconds > 0 for seconds in took.values())
+    assert best in (0, *took)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "/nowhere/at/all"], "got"),
+        (["--model", ".", "--budget", "0"], "[tune] --budget must be above 0 seconds"),
+    ],
+)
+def test_refusals(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *arguments]) == 2
+    assert expected in capsys.readouterr().err
