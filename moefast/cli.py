@@ -251,7 +251,7 @@ def _add_tune(commands: Any) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from .lm.tune import run
+    from .lm.tune_command import run
 
     return run(arguments)
 

@@ -79,6 +79,11 @@ class Settings:
 settings = Settings.read(os.environ)
 
 
+def environment_of_child(**changes: str) -> dict[str, str]:
+    """This process's environment, changed, for one that it starts."""
+    return {**os.environ, **changes}
+
+
 def cache_folder(part: str) -> Path:
     """Where ``part`` of moefast keeps what may be deleted at any time. It need not exist."""
     if settings.cache:

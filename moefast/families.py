@@ -19,7 +19,7 @@ class Either:
     """An attribute whose value is another word for that of a RouterSpec field.
 
     Attributes:
-        path: of the attribute. A module stands for the name of its class.
+        path: of the attribute.
         words: its value -> the field's.
         otherwise: the field's for any other value; None refuses it.
     """
@@ -300,7 +300,9 @@ BLOCKS: tuple[Block, ...] = (
         spec={"score_dtype": "float32", "renormalize_eps": 1e-12, "eps_form": "max"},
         reads={
             "top_k": "k",
-            "score": Either(path="gate_act", words={"Softmax": "softmax", "Sigmoid": "sigmoid"}),
+            "score": Either(
+                path="gate_act.__class__.__name__", words={"Softmax": "softmax", "Sigmoid": "sigmoid"}
+            ),
         },
         renormalize=True,
         shared="shared_experts",

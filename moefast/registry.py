@@ -34,8 +34,8 @@ class Problem(NamedTuple):
 
     Attributes:
         op: name of the operation: ``route``, ``switch_glu``, ``experts``, ``moe``, ``quantized_matmul``;
-            beside the experts ``attention``, ``cached_attention``, ``rms_norm``, ``layer_norm``, ``rope``,
-            ``embed``.
+            beside the experts ``attention``, ``cached_attention``, ``rms_norm``, ``layer_norm``,
+            ``add_rms_norm``, ``add_layer_norm``, ``rope``, ``embed``.
         device: ``cpu`` or ``gpu``: where MLX would run it now.
         dtype: of ``x`` (of ``logits`` for ``route``, of the output for ``embed``).
         phase: ``empty`` (no tokens), ``decode`` (1), ``band`` (2-127) or ``prefill`` (128 and more).
@@ -240,6 +240,10 @@ class Registry:
             refuse(problem.op, f"backend {backend!r} must be able to run {problem}", {name: reason})
 
         return run_or_another
+
+    def forget(self) -> None:
+        """Make every choice anew: for who changes what backends choose by."""
+        self._choices.clear()
 
     def choices(self) -> list[tuple[Problem, Choice]]:
         """Every choice made so far: what ``moefast generate`` and ``MOEFAST_LOG`` report."""

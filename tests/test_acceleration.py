@@ -295,6 +295,14 @@ def test_the_report_for_programs() -> None:
     assert "2 MoE blocks" in str(report)
 
 
+@pytest.mark.parametrize("module", ["qwen2_moe", "gemma4_text", "phimoe"])
+def test_the_report_says_where_everything_runs(module: str) -> None:
+    report = moefast.accelerate(fresh(module), backend="reference")
+    assert all(set(entry.backends) == {"decode", "band", "prefill"} for entry in report.accelerated)
+    lines = [line for line in str(report).splitlines() if ": block on" in line or ": router on" in line]
+    assert all(line.endswith(" on reference") for line in lines)
+
+
 @BACKENDS
 @pytest.mark.parametrize("bits", [None, 4])
 @SHAPES

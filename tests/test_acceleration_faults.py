@@ -9,7 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from marks import needs_native
-from mlx_lm.models import dbrx, glm4_moe, llama, qwen2_moe
+from mlx_lm.models import (
+    activations,
+    dbrx,
+    gemma4_text,
+    glm4_moe,
+    kimi_k3,
+    llama,
+    qwen2_moe,
+    step3p5,
+    switch_layers,
+)
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 from mlx_lm_models import MODELS, build, parameters, tokens
 
@@ -96,6 +106,48 @@ def test_a_patched_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     report = moefast.accelerate(fresh(), backend="reference", dense=False)
     assert not report.accelerated
     assert all("SwitchGLU.__call__ has been patched" in (e.reason or "") for e in report.original)
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "name"),
+    [
+        ("glm4_moe", switch_layers.SwiGLU, "__call__"),
+        ("glm4_moe", activations, "swiglu"),
+        ("gpt_oss", activations, "swiglu_oai"),
+        ("gemma4_text", gemma4_text, "geglu"),
+        ("step3p5", step3p5, "clamped_swiglu"),
+        ("kimi_k3", kimi_k3, "_situ"),
+    ],
+)
+def test_a_patched_activation(module: str, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **k: original(*a, **k))
+    report = moefast.accelerate(fresh(module), backend="reference", dense=False)
+    assert [e.what for e in report.accelerated] == ["router"] * 2 * (module == "gemma4_text")
+    assert all(f"{name} has been patched" in (e.reason or "") for e in report.original)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("per_expert_scale", "per_expert_scale"), ("config", "config"), ("proj", "proj")],
+)
+def test_a_router_without_its_parts(name: str, words: str) -> None:
+    model = fresh("gemma4_text")
+    router = model.layers[0].router
+    delattr(router, name)
+    report = moefast.accelerate(model, backend="reference", dense=False)
+    (entry,) = report.original
+    assert entry.path == "model.layers.0.router"
+    assert words in (entry.reason or "")
+    assert type(router) is gemma4_text.Router
+    assert [e.what for e in report.accelerated] == ["experts", "experts", "router"]
+
+
+def test_a_patched_router_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = gemma4_text.Router.__call__
+    monkeypatch.setattr(gemma4_text.Router, "__call__", lambda self, x: original(self, x))
+    report = moefast.accelerate(fresh("gemma4_text"), backend="reference", dense=False)
+    assert [e.what for e in report.entries] == ["experts", "original"] * 2
 
 
 class Doubled(glm4_moe.MoE):

@@ -16,7 +16,7 @@ import moefast
 from moefast.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("generate", "init-model", "doctor", "bench")
+COMMANDS = ("lm", "generate", "verify", "init-model", "doctor", "bench")
 
 pytest.importorskip("mlx_lm")
 

@@ -16,6 +16,7 @@ from moefast.testing import (
     assert_logits_close,
     assert_same_routing,
     bound,
+    bound_of_two,
     error,
     float64,
     logits_bound,
@@ -129,6 +130,16 @@ def test_bounds_grow_as_the_model_says() -> None:
     assert len({f"{rms:.3g}" for rms in coarse}) == 1
     assert score_bound("float32") < score_bound("float16") < score_bound("bfloat16")
     assert score_bound("bfloat16") < score_bound("bfloat16", precise=False)
+
+
+def test_a_router_s_logits_count_by_their_size() -> None:
+    """A weight is as wrong, relatively, as its logit is absolutely."""
+    without = bound("bfloat16", "moe", reductions=(64, 64))
+    small, large = (bound("bfloat16", "moe", reductions=(64, 64), logits=size) for size in (0.1, 100.0))
+    assert without.rms < small.rms < 1.01 * without.rms
+    assert large.rms == pytest.approx(2 * 100 * 2**-8 / 3**0.5, rel=0.01)
+    both = bound_of_two(small, large)
+    assert both == Bound(max=small.max + large.max, rms=small.rms + large.rms)
 
 
 def test_one_rounding_always_passes() -> None:

@@ -13,6 +13,7 @@ import pytest
 import moefast
 from moefast import tuning
 from moefast.backends import native
+from moefast.backends.metal import dispatch
 from moefast.cli import main
 
 pytest.importorskip("mlx_lm", reason="tunes models of mlx-lm")
@@ -21,7 +22,8 @@ from mlx_lm.utils import load_model
 
 from moefast.acceleration.swap import original_of
 from moefast.lm import init_model
-from moefast.lm.tune import Kind, as_stored, fastest_threads, kinds_of, stopwatch, tune
+from moefast.lm.tune import Kind, as_stored, kinds_of, stopwatch, tune
+from moefast.lm.tune_machine import best_thresholds, fastest_threads
 
 needs_native = pytest.mark.skipif(
     moefast.backends()["native"] is not None, reason="no native build: nothing to choose from"
@@ -158,6 +160,31 @@ def test_threads_are_used() -> None:
     assert loading.threads() == moefast.env.settings.threads
     tuning.store({"threads": 3})
     assert loading.threads() == (moefast.env.settings.threads or 3)
+
+
+@needs_native
+def test_thresholds_of_metal_kernels(model: Any) -> None:
+    """As if merging were slower, and the band's kernels were best from 3 tokens on."""
+    start = dispatch.Thresholds(band=2, tiles=16, by_mlx=None)
+    seen: set[dispatch.Thresholds] = set()
+
+    def watch(run: Callable[[], mx.array]) -> float:
+        limits = dispatch.thresholds()
+        seen.add(limits)
+        return 1.0 + limits.merged + abs(limits.band - 3) + (limits.tiles != 32) + (limits.by_mlx is not None)
+
+    best = best_thresholds(kinds_of(model), mx.float32, start, watch)
+    assert best == dispatch.Thresholds(band=3, tiles=32, by_mlx=None)
+    assert start._replace(merged=True) in seen
+    assert dispatch.thresholds() not in seen - {start}
+
+
+def test_tuned_thresholds_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.store({"metal_thresholds": {"band": 4, "tiles": 8, "by_mlx": None, "merged": True}})
+    assert dispatch.thresholds() == dispatch.Thresholds(band=4, tiles=8, by_mlx=None, merged=True)
+    assert dispatch.thresholds(0).band == 2  # of a generation
+    monkeypatch.setattr(dispatch, "emulated", lambda: True)
+    assert dispatch.thresholds() == dispatch.thresholds(0)
 
 
 def test_what_is_stored_grows_and_is_forgotten() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ class AcceleratedRouter:
 
     def __call__(self: Any, x: mx.array) -> tuple[mx.array, mx.array]:
         """x: ``[..., hidden]`` -> indices and weights ``[..., top_k]``."""
-        if self.training:
+        if runs_original(self, x.shape):
             return super().__call__(x)  # type: ignore[misc,no-any-return]
         normed = mx.fast.rms_norm(x, self.scale * self._root_size, self.eps)
         routing = ops.route(
@@ -49,10 +50,11 @@ class AcceleratedApartExperts:
 
 def apart_spec(router: Any) -> RouterSpec:
     """Of the router as it is now."""
+    return _spec(router.per_expert_scale.shape[0], router.config.top_k_experts)
+
+
+@cache
+def _spec(num_experts: int, top_k: int) -> RouterSpec:
     return RouterSpec(
-        num_experts=router.per_expert_scale.shape[0],
-        top_k=router.config.top_k_experts,
-        score_over="selected",
-        precise=False,
-        ties="highest",
+        num_experts=num_experts, top_k=top_k, score_over="selected", precise=False, ties="highest"
     )

@@ -14,10 +14,9 @@ import mlx.core as mx
 from mlx.nn.layers.distributed import sum_gradients
 
 from .. import ops
-from ..backends import registry
 from ..backends.reference.experts import combine, identity_share
 from ..families import Block
-from ..nn.recall import Recall
+from ..nn.block import recalled, remember
 from ..ops.moe import choose
 from ..registry import log
 from ..routing import Routing
@@ -25,8 +24,8 @@ from ..specs import RouterSpec
 from ..weights import ExpertWeights, SharedExpert, dtype_name
 from .experts import STACKS, AcceleratedExperts, weights_of
 from .known import why_unlike
-from .routing import part, router_logits, router_spec, selection_bias
-from .stacks import GLU, activation_of, shared_activation, shared_expert
+from .routing import part, router_logits, router_spec, said_by, selection_bias
+from .stacks import activation_facts, shared_activation, shared_expert, shared_facts
 from .swap import runs_original
 
 
@@ -62,18 +61,27 @@ class AcceleratedBlock:
 def forward(block: Any, row: Block, backend: str, x: mx.array) -> mx.array:
     """The block's output before ranks are summed. x: ``[..., hidden]`` -> ``[..., hidden]``."""
     experts = part(block, row.experts)
-    spec = router_spec(row, block, stack_size(experts), dtype_name(x.dtype))
     logits = block.moefast_logits(x)
     bias = selection_bias(row, block)
     shared = None if row.shared is None else block.get(row.shared)
     gate = None if row.shared_gate is None else block[row.shared_gate]
-    if is_plain(row, block):
-        y = _recalled(block, backend, x, logits, bias, spec, experts, shared, gate)
+    plain = is_plain(row, block)
+    facts: tuple[Any, ...] = ()
+    if plain:
+        facts = (
+            backend,
+            said_by(row, block),
+            activation_facts(experts.activation),
+            None if shared is None else shared_facts(shared),
+        )
+        y = recalled(block, x, logits, bias, experts, shared, gate, facts)
         if y is not None:
             return y
+    spec = router_spec(row, block, stack_size(experts), dtype_name(x.dtype))
+    if plain:
         weights, beside = fused_weights(row, experts, shared, gate)
         if weights is not None and (shared is None or beside is not None):
-            return _fused(block, row, backend, x, logits, bias, spec, weights, beside)
+            return _fused(block, row, backend, x, logits, bias, spec, weights, beside, facts)
     routing = ops.route(logits, spec, selection_bias=bias, backend=backend)
     y = _routed(row, block, backend, x, routing, spec, experts)
     return y if shared is None else _with_shared(row, block, x, y, shared, gate)
@@ -87,7 +95,9 @@ def stack_size(experts: Any) -> int:
 
 def is_plain(row: Block, block: Any) -> bool:
     """Whether :func:`moefast.moe` can be the whole of the block."""
-    return row.mix is None and not row.sum_float32 and _latent(row, block) is None
+    if row.mix is not None or row.sum_float32:
+        return False
+    return row.latent is None or _latent(row, block) is None
 
 
 def fused_weights(
@@ -118,6 +128,7 @@ def _fused(
     spec: RouterSpec,
     weights: ExpertWeights,
     shared: SharedExpert | None,
+    facts: tuple[Any, ...],
 ) -> mx.array:
     combine_dtype = None if row.combine is None else getattr(mx, row.combine)
     choice = choose(
@@ -130,55 +141,11 @@ def _fused(
         combine_dtype=combine_dtype,
         backend=backend,
     )
-    own = block.__dict__
-    own.pop("_moefast_recall", None)
-    if choice.of_layers is not None and weights.gate is not None:
-        experts = part(block, row.experts)
-        networks = [experts] if shared is None else [experts, block[row.shared]]
-        layers = [network[name] for network in networks for name in GLU]
-        if shared is not None and row.shared_gate is not None:
-            layers.append(block[row.shared_gate])
-        facts = (
-            spec,
-            weights.activation,
-            type(experts),
-            None if shared is None else shared.activation,
-            type(networks[1]) if shared is not None else type(None),
-            backend,
-        )
-        own["_moefast_recall"] = Recall(choice, x.shape, tuple(type(layer) for layer in layers), facts)
+    if weights.gate is not None:
+        beside = None if shared is None or row.shared is None else block[row.shared]
+        gate = None if beside is None or row.shared_gate is None else block[row.shared_gate]
+        remember(block, choice, x, part(block, row.experts), beside, gate, facts)
     y: mx.array = choice.run(x, logits, spec, weights, bias, None, shared, combine_dtype)
-    return y
-
-
-def _recalled(
-    block: Any,
-    backend: str,
-    x: mx.array,
-    logits: mx.array,
-    bias: mx.array | None,
-    spec: RouterSpec,
-    experts: Any,
-    shared: Any,
-    gate: Any,
-) -> mx.array | None:
-    """The kernel of the last call, or None where this call is of another kind."""
-    recall = block.__dict__.get("_moefast_recall")
-    if recall is None or registry.default != recall.default:
-        return None
-    known_spec, activation, kind, shared_act, shared_kind, known_backend = recall.facts
-    if (
-        spec is not known_spec
-        or type(experts) is not kind
-        or type(shared) is not shared_kind
-        or backend != known_backend
-        or activation_of(experts.activation) != activation
-        or (shared is not None and shared_activation(shared) != shared_act)
-    ):
-        return None
-    y: mx.array | None = recall.of_layers(
-        x, logits, bias, experts, shared, gate, recall.types, recall.low, recall.high
-    )
     return y
 
 

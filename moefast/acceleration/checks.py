@@ -18,11 +18,12 @@ from ..ops.quantized_matmul import _problem as matmul_problem
 from ..ops.route import _problem as route_problem
 from ..registry import Problem, device_name
 from ..weights import dtype_name, form_of
+from .apart import ROUTER, apart_spec
 from .block import fused_weights, is_plain, stack_size
 from .experts import STACKS, weights_of
 from .known import why_changed, why_unlike
 from .routing import part, router_logits, router_spec, selection_bias
-from .stacks import GLU, MLP, activation_of
+from .stacks import GLU, MLP, why_no_activation
 
 # One call of each phase.
 TOKENS = {"decode": 1, "band": 16, "prefill": 512}
@@ -104,6 +105,23 @@ def look_at_experts(experts: Any, backend: str, dtype: mx.Dtype) -> Verdict:
     return _ask(problems, backend)._replace(hidden=weights.layout.hidden)
 
 
+def look_at_router(router: Any, backend: str, dtype: mx.Dtype) -> Verdict:
+    """A router on its own, :class:`.apart.AcceleratedRouter`."""
+    reason = why_changed([f"{ROUTER}.__call__"])
+    if reason is not None:
+        return Verdict(reason)
+    try:
+        spec, scale = apart_spec(router), form_of(router.per_expert_scale)
+        logits = router.proj(mx.zeros((1, router.scale.shape[0]), dtype))
+        problems = {
+            phase: route_problem((n, logits.shape[-1]), logits.dtype, spec, None, scale, device_name())
+            for phase, n in TOKENS.items()
+        }
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        return Verdict(f"its parameters are not what its class has: {error}")
+    return _ask(problems, backend)
+
+
 def look_at_dense(layer: Any, backend: str, dtype: mx.Dtype) -> Verdict:
     """A layer beside the experts. Of a linear one its product is asked about; others are small."""
     weight = projection_of(layer)
@@ -131,8 +149,9 @@ def why_not_stack(experts: Any) -> str | None:
     reasons = [why_unlike(experts, kind) for kind in STACKS]
     if all(reasons):
         return f"of its experts: {reasons[0]}"
-    if activation_of(experts.activation) is None:
-        return f"its activation {type(experts.activation).__name__} has no kernel"
+    reason = why_no_activation(experts.activation)
+    if reason is not None:
+        return reason
     for name in GLU if reasons[0] is None else MLP:
         layer = experts.get(name)
         if layer is None:

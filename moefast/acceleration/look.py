@@ -15,7 +15,7 @@ from ..nn import MoE
 from . import apart, dbrx
 from .attention import attention_class
 from .block import AcceleratedBlock
-from .checks import Verdict, look_at_block, look_at_dense, look_at_experts
+from .checks import Verdict, look_at_block, look_at_dense, look_at_experts, look_at_router
 from .dense import dense_class
 from .experts import STACKS, AcceleratedExperts
 from .known import PACKAGE, why_changed, why_unlike
@@ -105,11 +105,11 @@ def _look_at(path: str, module: Any, backend: str, dtype: mx.Dtype) -> Found | N
     if name == dbrx.KIND:
         return found("block", _look_at_dbrx(module, backend, dtype), Swap(module, dbrx.AcceleratedDbrx))
     if name == apart.ROUTER:
-        verdict = Verdict(why_changed([f"{apart.ROUTER}.__call__"]))
+        verdict = look_at_router(module, backend, dtype)
         return found("router", verdict, Swap(module, apart.AcceleratedRouter))
     if name == apart.EXPERTS:
         changed = why_changed([f"{apart.EXPERTS}.__call__"])
-        stacks = module.switch_glu
+        stacks = part(module, "switch_glu")
         return found(
             "experts",
             look_at_experts(stacks, backend, dtype) if changed is None else Verdict(changed),

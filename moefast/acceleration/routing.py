@@ -9,7 +9,6 @@ from operator import attrgetter
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn
 
 from ..errors import refuse
 from ..families import Block, Either
@@ -31,27 +30,28 @@ def router_spec(row: Block, block: Any, num_experts: int, dtype: str) -> RouterS
         ValueError: an attribute says what its family does not know.
         AttributeError: it has no such attribute.
     """
-    return _spec(row, tuple(read(block) for read in _readers(row)), num_experts, dtype)
+    return _spec(row, said_by(row, block), num_experts, dtype)
+
+
+def said_by(row: Block, block: Any) -> tuple[Any, ...]:
+    """What the attributes that the row names say: all that :func:`router_spec` reads of the block.
+
+    Raises:
+        AttributeError: it has no such attribute.
+    """
+    said: tuple[Any, ...] = _reader(row)(block)
+    return said
 
 
 @cache
-def _readers(row: Block) -> tuple[Callable[[Any], Any], ...]:
+def _reader(row: Block) -> Callable[[Any], Any]:
     paths = [say.path if isinstance(say, Either) else say for say in row.reads.values()]
     if row.identity_attribute is not None:
         paths.append(row.identity_attribute)
     if row.groups_where is not None:
         paths.append(row.groups_where[0])
-    return tuple(_reader(path) for path in paths)
-
-
-def _reader(path: str) -> Callable[[Any], Any]:
-    get = attrgetter(path)
-
-    def read(block: Any) -> Any:
-        value = get(block)
-        return type(value).__name__ if isinstance(value, mlx.nn.Module) else value
-
-    return read
+    read = attrgetter(*paths)
+    return read if len(paths) > 1 else lambda block: (read(block),)
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import mlx.nn
 from ..nn.projection import projection_of
 from ..specs import Activation
 from ..weights import ExpertWeights, Projection, SharedExpert
+from .known import PACKAGE, why_changed
 
 # The largest float32: a limit that limits nothing.
 _NO_LIMIT = 3.4028234663852886e38
@@ -25,6 +27,17 @@ _ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "muse_spark.PreciseSwiGLU": ("swiglu_clamped", {}),  # float32, never clamped
     "mlx.nn.layers.activations.ReLU2": ("relu2", {}),
     "mlx.nn.layers.activations.GELU": ("gelu_tanh", {"approx": "_approx"}),
+}
+
+# What the __call__ of these calls, of mlx-lm's own.
+_CALLED = {
+    "switch_layers.SwiGLU": "activations.swiglu",
+    "activations.SwigluOAI": "activations.swiglu_oai",
+    "step3p5.ClampedSwiGLU": "step3p5.clamped_swiglu",
+    "deepseek_v41.DeepseekV41SwiGLU": "activations.swiglu",
+    "gemma4_text.GeGLU": "gemma4_text.geglu",
+    "kimi_k3.SiTU": "kimi_k3._situ",
+    "muse_spark.PreciseSwiGLU": "activations.precise_swiglu",
 }
 
 GLU, MLP = ("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2")
@@ -46,7 +59,28 @@ def activation_of(module: Any) -> Activation | None:
 
 @cache
 def _row(kind: Any) -> tuple[str, dict[str, str]] | None:
-    return _ACTIVATIONS.get(f"{kind.__module__.removeprefix('mlx_lm.models.')}.{kind.__qualname__}")
+    return _ACTIVATIONS.get(f"{kind.__module__.removeprefix(PACKAGE + '.')}.{kind.__qualname__}")
+
+
+def activation_facts(module: Any) -> Hashable:
+    """Equal for activations that compute the same: all that one without parameters has is its class."""
+    kind: Any = type(module)
+    row = _row(kind)
+    return kind if row is None or not row[1] else activation_of(module)
+
+
+def shared_facts(network: Any) -> Hashable:
+    """The same of a shared expert."""
+    own = network.get("activation")
+    return network.__dict__.get("limit") if own is None else activation_facts(own)
+
+
+def why_no_activation(module: Any) -> str | None:
+    """Why no kernel has this activation, or mlx-lm's is not the one that was read; or None."""
+    if activation_of(module) is None:
+        return f"its activation {type(module).__name__} has no kernel"
+    kind = f"{type(module).__module__.removeprefix(PACKAGE + '.')}.{type(module).__qualname__}"
+    return why_changed([f"{kind}.__call__", _CALLED[kind]]) if kind in _CALLED else None
 
 
 @lru_cache(maxsize=64)

@@ -17,7 +17,6 @@ from ..registry import phase_of
 _STATE = (
     "_moefast_backend",
     "_moefast_originals",
-    "_moefast_recall",
     "_recall",
     "_recall_rows",
     "_recall_products",

@@ -13,8 +13,9 @@ What passes is said by :mod:`moefast.testing`, whose bounds are summed where bot
 - a layer's output: ``bound`` of its operation, on tokens with the same experts;
 - routing: the same experts, but where the plain router's keys differ by less than its ``routing_bound`` and
   the error of its logits;
-- logits of each step, in the plain model's dtype: ``logits_bound``. A step behind a token whose routing is
-  within that bound of another is not held to it: an expert may have changed there, and all that follows;
+- logits, in the plain model's dtype: ``logits_bound``, the largest error of each step and the RMS error of
+  all. A step behind a token whose routing is within that bound of another is not held to it: an expert may
+  have changed there, and all that follows;
 - greedy tokens: equal, but where the plain model's two best logits are within that bound.
 
 In the checkpoint's own dtype only layers are judged; what a whole model may lose by it is a matter of the
@@ -89,21 +90,29 @@ class Comparison:
     remark: str | None = None
 
     def wrong_steps(self) -> list[int]:
-        """Numbers of the steps that fail."""
+        """Numbers of the steps that fail, each by itself."""
         if self.limit is None:
             return []
         return [
             i
             for i, step in enumerate(self.steps)
-            if (not self.limit.admits(step.error) or (step.plain != step.accelerated and not step.tied))
+            if (not step.error.max <= self.limit.max or (step.plain != step.accelerated and not step.tied))
             and not step.unsure
         ]
+
+    @property
+    def rms(self) -> float:
+        """Of the logits, over all steps that are judged, or over all where none is."""
+        steps = [s for s in self.steps if self.limit is not None and not s.unsure] or list(self.steps)
+        return float(np.sqrt(np.mean([step.error.rms**2 for step in steps]))) if steps else 0.0
 
     @property
     def passed(self) -> bool:
         """Whether nothing fails."""
         layers = all(layer.passed is not False for layer in self.layers)
-        return layers and self.problem is None and not self.wrong_steps()
+        judged = self.limit is not None and not all(step.unsure for step in self.steps)
+        rms = not judged or (self.limit is not None and self.rms <= self.limit.rms)
+        return layers and self.problem is None and not self.wrong_steps() and rms
 
 
 @dataclass(frozen=True, kw_only=True)

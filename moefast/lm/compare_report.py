@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..testing import Error
 from .compare import Comparison, Result, Say, verify
-from .compare_layers import Figures, beyond
+from .compare_layers import Figures
 from .generate import _hush_transformers
 
 _PASSED, _FAILED = 0, 1
@@ -136,15 +136,15 @@ def first_difference(comparison: Comparison) -> str | None:
             return f"{f.path} ({f.kind}), {phase}, token {token}: {f.problem}"
     if comparison.problem is not None:
         return f"the model, {comparison.problem}"
-    wrong = comparison.wrong_steps()
-    if wrong and comparison.limit is not None:
-        step = comparison.steps[wrong[0]]
-        return (
-            f"the logits of step {wrong[0]}: {beyond(step.error, comparison.limit)}"
-            if not comparison.limit.admits(step.error)
-            else f"the token of step {wrong[0]}: {step.accelerated} instead of {step.plain}"
-        )
-    return None
+    limit, wrong = comparison.limit, comparison.wrong_steps()
+    if limit is None or comparison.passed:
+        return None
+    if not wrong:
+        return f"the logits of all steps: RMS error {comparison.rms:.2g}, limit {limit.rms:.2g}"
+    step = comparison.steps[wrong[0]]
+    if step.plain != step.accelerated and not step.tied:
+        return f"the token of step {wrong[0]}: {step.accelerated} instead of {step.plain}"
+    return f"the logits of step {wrong[0]}: max error {step.error.max:.2g}, limit {limit.max:.2g}"
 
 
 def _summary(comparison: Comparison) -> Iterator[str]:
@@ -155,10 +155,12 @@ def _summary(comparison: Comparison) -> Iterator[str]:
         at = "" if first is None else f", the first other one at step {first}"
         yield f"greedy tokens: {same} of {len(steps)} the same{at}"
         worst = max(range(len(steps)), key=lambda i: steps[i].error.max)
-        allowed = "not judged in this dtype" if limit is None else f"limit {limit.max:.2g}"
-        rms = math.sqrt(sum(step.error.rms**2 for step in steps) / len(steps))
+        allowed = (
+            "not judged in this dtype" if limit is None else f"limits {limit.max:.2g} and {limit.rms:.2g}"
+        )
         yield (
-            f"logits: max error {steps[worst].error.max:.2g} at step {worst} ({allowed}), RMS error {rms:.2g}"
+            f"logits: max error {steps[worst].error.max:.2g} at step {worst}, RMS error {comparison.rms:.2g}"
+            f" ({allowed})"
         )
     if limit is not None and any(step.unsure for step in steps):
         since = next(i for i, step in enumerate(steps) if step.unsure)
@@ -188,6 +190,7 @@ def _comparison(c: Comparison) -> dict[str, Any]:
         "passed": c.passed,
         "first_difference": first_difference(c),
         "logits_limit": _error(c.limit),
+        "logits_rms": c.rms if math.isfinite(c.rms) else None,
         "problem": c.problem,
         "remark": c.remark,
         "steps": [

@@ -1,17 +1,21 @@
 """Which kernels run how many tokens: the one table of thresholds, by generation of the GPU.
 
-No figure here is our own measurement on an Apple GPU; each says where it comes from. ``moefast bench`` on a
-Mac is how they are to be improved.
+No figure here is our own measurement on an Apple GPU; each says where it comes from. ``moefast tune``
+measures them on the machine it runs on.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
+from ... import tuning
 from .launch import emulated
 
 # decode: a route for a simdgroup, each reads its expert's weights. band: an expert's weights are read once
@@ -61,10 +65,36 @@ def _generation() -> int:
 
 
 def thresholds(generation: int | None = None) -> Thresholds:
-    """Of a generation, by default of this device's; the emulator has those of the first."""
+    """Of a generation; by default of this device: as ``moefast tune`` measured them on it, or else those of
+    its generation. The emulator has those of the first."""
+    tried = _tried.get()
+    if tried is not None:
+        return tried
     if generation is None:
+        found = None if emulated() else _tuned()
+        if found is not None:
+            return found
         generation = 0 if emulated() else _generation()
     return next(row for first, row in _TABLE.items() if generation >= first)
+
+
+@contextmanager
+def trying(limits: Thresholds) -> Iterator[None]:
+    """Within the block kernels are chosen by these: for who measures them. What was bound before keeps the
+    choices that are made once; see :meth:`moefast.registry.Registry.forget`."""
+    token = _tried.set(limits)
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+_tried: ContextVar[Thresholds | None] = ContextVar("moefast_metal_thresholds", default=None)
+
+
+def _tuned() -> Thresholds | None:
+    found = tuning.stored().get("metal_thresholds")
+    return None if found is None else Thresholds(**found)
 
 
 def kernels_for(tokens: int, top_k: int, num_experts: int, generation: int | None = None) -> Kernels:
