@@ -164,11 +164,12 @@ def test_too_many_threads(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["run", "check"])
 def test_kernel_that_declares_fewer_threads(mode: str) -> None:
-    source = "kernel [[max_total_threads_per_threadgroup(64)]] void k(device int* out) { out[0] = 1; }"
+    arguments = "device int* out, uint i [[thread_position_in_grid]]"
+    source = f"kernel [[max_total_threads_per_threadgroup(64)]] void k({arguments}) {{ out[i] = 1; }}"
     kernel = emulator.compile(source)
-    emulator.launch(kernel, [np.zeros(1, np.int32)], (64, 1, 1), (64, 1, 1), mode=mode)
+    emulator.launch(kernel, [np.zeros(64, np.int32)], (64, 1, 1), (64, 1, 1), mode=mode)
     with pytest.raises(emulator.EmulatorError, match="96x1x1 threads in a threadgroup, more than 64"):
-        emulator.launch(kernel, [np.zeros(1, np.int32)], (96, 1, 1), (96, 1, 1), mode=mode)
+        emulator.launch(kernel, [np.zeros(96, np.int32)], (96, 1, 1), (96, 1, 1), mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["run", "check"])

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
+from emulator_refusals import ROWS
 
 from moefast import emulator
 from moefast.env import settings
@@ -366,7 +367,7 @@ def compile_case(case: Case) -> None:
     emulator.compile(KERNEL.format(outside=case.outside, inside=case.inside), "probe", name="probe.metal")
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*REFUSED, *(Case(*row) for row in ROWS)], ids=lambda case: case.name)
 def test_refused(case: Case) -> None:
     with pytest.raises(emulator.CompileError) as caught:
         compile_case(case)
@@ -402,7 +403,7 @@ def test_line_and_column_are_the_users() -> None:
 def test_every_reason_is_listed() -> None:
     with pytest.raises(emulator.CompileError) as caught:
         compile_case(Case("", "", "goto end; end: double d = 1;"))
-    assert len(caught.value.diagnostics) == 2
+    assert len(caught.value.diagnostics) == 3  # goto, its label, double
 
 
 def test_unknown_kernel_names_those_there_are() -> None:

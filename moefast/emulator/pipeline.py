@@ -12,6 +12,7 @@ from .errors import CompileError, Diagnostic
 from .inlining import MeetsItselfError, inline_meeting
 from .lexer import Source
 from .reflect import Signature
+from .repair import compile_repaired
 from .report import OWN
 from .structure import read
 from .toolchain import must, run, toolchain
@@ -70,6 +71,7 @@ _LANGUAGE = (
     "-fdebug-compilation-dir=/-",  # nobody's folder: file names stay whole
     *("-Wno-unknown-attributes", "-Wno-ignored-attributes", "-Wno-unused", "-Wno-missing-prototypes"),
     *("-Wno-sync-alignment", "-Wno-atomic-alignment"),
+    "-fdeclspec",  # properties: swizzles.py
 )
 _DIAGNOSTIC = re.compile(r"^(.*?):(\d+):(\d+): (fatal error|error|warning|note): (.*)$")
 
@@ -115,9 +117,9 @@ def front_end(
     signature = reflect.find(source, structure, kernel, {name: bool(value) for name, value in given.items()})
     translated = translate(source, structure, constants)
     command = [*toolchain().clang, *toolchain().target, *_LANGUAGE, *strict.WARNINGS]
-    done = run(
-        [*command, "-include-pch", str(standard_library()), "-S", "-emit-llvm", "-", "-o", "-"],
-        translated.text + reflect.entry(signature),
+    command += ["-include-pch", str(standard_library()), "-S", "-emit-llvm", "-", "-o", "-"]
+    done = compile_repaired(
+        lambda text, flags: run([*command, *flags], text), translated.text + reflect.entry(signature)
     )
     _refuse_diagnostics(name, done.stderr, done.returncode, shown)
     refused = strict_ir.check_ir(done.stdout)

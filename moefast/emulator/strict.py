@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 
+from .declarations import threadgroup_variables
 from .lexer import Source
 from .reflect import BUILTINS, attributes, split_parameters
+from .strict_words import check_words
 from .structure import Function, Structure, is_builtin_type
-from .translate import threadgroup_variables
 
 # file, line, column, message
 Refusal = tuple[str, int, int, str]
@@ -20,21 +21,6 @@ Refusal = tuple[str, int, int, str]
 # Asked of the front end, and read by `is_refused`.
 WARNINGS = ("-Wimplicit-float-conversion", "-Wdouble-promotion")
 
-_WORDS = {
-    "goto": "goto is not supported in Metal",
-    "throw": "exceptions are not supported in Metal",
-    "try": "exceptions are not supported in Metal",
-    "catch": "exceptions are not supported in Metal",
-    "virtual": "virtual functions are not supported in Metal",
-    "new": "new and delete are not supported in Metal",
-    "typeid": "typeid is not supported in Metal",
-    "dynamic_cast": "dynamic_cast is not supported in Metal",
-    "thread_local": "thread_local is not supported in Metal",
-    "double": "double is not supported in Metal",
-    "asm": "inline assembly is not supported by the emulator",
-    "__asm": "inline assembly is not supported by the emulator",
-    "__asm__": "inline assembly is not supported by the emulator",
-}
 _FLOAT = re.compile(r"(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?[fFhH]?")
 _INDICES = 31  # of buffers, and of threadgroup arguments
 _SPACES = {"device", "constant", "threadgroup", "thread", "threadgroup_imageblock", "ray_data", "object_data"}
@@ -93,30 +79,20 @@ class _Tokens:
 
     def check(self) -> list[Refusal]:
         for i, token in enumerate(self.tokens):
-            if token.kind == "name":
-                self._word(i, token.text)
+            if token.text in ("bfloat", "bfloat16_t"):
+                self._bfloat(i)
             elif token.text in ("*", "&") and i:
                 self._pointer(i)
             elif token.text == "(":
                 self._function_pointer(i)
             elif token.kind == "number" and _is_long_double(token.text):
-                self.refuse(i, _WORDS["double"])
+                self.refuse(i, "double is not supported in Metal")
+        for i, message in check_words(self.source, self.structure):
+            self.refuse(i, message)
         self._attributes()
         for function in self.structure.functions:
             self._function(function)
         return [refusal for _, refusal in sorted(self.found)]
-
-    def _word(self, i: int, text: str) -> None:
-        if text in _WORDS:
-            self.refuse(i, _WORDS[text])
-        elif text == "delete" and self.tokens[i - 1].text != "=":
-            self.refuse(i, _WORDS["new"])
-        elif text == "printf" and self.tokens[i + 1].text == "(":
-            self.refuse(i, "printf does not exist in Metal")
-        elif text == "std" and (self.tokens[i + 1].text == "::" or self.tokens[i - 1].text == "namespace"):
-            self.refuse(i, "the C++ standard library does not exist in Metal")
-        elif text in ("bfloat", "bfloat16_t"):
-            self._bfloat(i)
 
     def _bfloat(self, i: int) -> None:
         """``bfloat b = 1.5f``: the front end converts constants that are exact without a warning."""
@@ -339,5 +315,7 @@ def reword(message: str) -> str:
         ("msl_make", "vector constructor"),
     ):
         message = message.replace(opencl, metal)
+    if "illegal vector component name" in message:
+        return "the components of a vector are x, y, z, w, or r, g, b, a"
     message = re.sub(r"^static assertion failed due to requirement '.*': ", "", message)
     return re.sub(r" \[-W[\w-]+\]$", "", message)

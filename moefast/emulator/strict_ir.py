@@ -44,7 +44,7 @@ def _casts(module: Module) -> list[Refusal]:
 
 
 _METHOD_CALL = re.compile(r"call [^@]*@(_ZNU9CLgeneric\w+)\(ptr addrspace\(4\) [^%,]*(%[\w.]+)")
-_SPECIAL = re.compile(r"(C\d|aS)E")  # constructors, and assignment as the compiler makes it
+_SPECIAL = re.compile(r"(C\d|aS)[EI]")  # constructors, and assignment as the compiler makes it
 
 
 def _methods(module: Module, bodies: dict[str, Body]) -> list[Refusal]:

@@ -14,13 +14,14 @@ from .lexer import Source
 @dataclass(frozen=True)
 class Function:
     """Indices of tokens: the first, the name, the brackets of the parameters and of the body (0, 0: no
-    body)."""
+    body). A method is declared within a class."""
 
     first: int
     name: int
     parameters: tuple[int, int]
     body: tuple[int, int]
     kernel: bool
+    method: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,28 @@ class FunctionConstant:
     last: int
 
 
+@dataclass(frozen=True)
+class ClassBody:
+    """``struct name {`` to its ``}``: the tokens of the word and of both braces. Without a name, its alias
+    has one."""
+
+    name: str
+    keyword: int
+    first: int
+    last: int
+
+
 @dataclass
 class Structure:
     functions: list[Function] = field(default_factory=list)
     instantiations: list[Instantiation] = field(default_factory=list)
     constants: list[FunctionConstant] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
+    class_templates: set[str] = field(default_factory=set)
     types: set[str] = field(default_factory=set)  # classes, aliases and type parameters of templates
+    dependent: set[str] = field(default_factory=set)  # type parameters, and aliases made of them
     vector_aliases: set[str] = field(default_factory=set)
-    bodies: list[tuple[str, int, int]] = field(default_factory=list)  # of classes: name, tokens { and }
+    bodies: list[ClassBody] = field(default_factory=list)
     globals: list[tuple[int, int]] = field(default_factory=list)  # declarations outside functions and classes
     templates: list[tuple[int, int]] = field(default_factory=list)  # tokens < and > of their parameters
 
@@ -82,16 +96,23 @@ class _Reader:
         for i, token in enumerate(tokens[:-2]):
             text = token.text
             if text in _CLASS or text == "typename":
-                after = tokens[i + 1]
+                at = self._class_name(i) if text != "typename" else i + 1
+                while text in ("typename", "class") and tokens[at].text == ".":
+                    at += 1  # a pack
+                after = tokens[at]
                 if after.kind != "name":
                     continue
-                if text != "typename" and tokens[i + 2].text in ("{", ":", "<", ";", "final"):
+                if text != "typename" and tokens[at + 1].text in ("{", ":", "<", ";", "final"):
                     found.classes.add(after.text)
                     found.types.add(after.text)
-                elif i and tokens[i - 1].text in ("<", ",") and tokens[i + 2].text in (",", ">", "="):
+                elif i and tokens[i - 1].text in ("<", ",") and tokens[at + 1].text in (",", ">", "="):
                     found.types.add(after.text)
+                    found.dependent.add(after.text)
             elif text == "template" and tokens[i + 1].text == "<":
-                found.templates.append((i + 1, self.source.closing(i + 1)))
+                closing = self.source.closing(i + 1)
+                found.templates.append((i + 1, closing))
+                if tokens[closing + 1].text in ("struct", "class") and closing > i + 2:
+                    found.class_templates.add(tokens[self._class_name(closing + 1)].text)
             elif text == "using" and tokens[i + 2].text == "=":
                 found.types.add(tokens[i + 1].text)
                 self._alias(tokens[i + 1].text, i + 3)
@@ -107,6 +128,12 @@ class _Reader:
             at += 1
         if self.tokens[at].text == "vec" or is_vector(self.tokens[at].text):
             self.found.vector_aliases.add(name)
+            return
+        at = first
+        while self.tokens[at].text not in (";", "{", "end"):
+            if self.tokens[at].text in ("typename", "decltype", "conditional_t", *self.found.dependent):
+                self.found.dependent.add(name)
+            at += 1
 
     def _scope(self, at: int, end: int, kind: str) -> int:
         """Reads declarations until the scope's closing brace; returns the token after it."""
@@ -152,8 +179,12 @@ class _Reader:
             if "enum" in words:
                 return self.source.closing(at) + 1
             after = self._scope(at + 1, len(tokens), "class")
-            if name := self._class_name(first, at):
-                self.found.bodies.append((name, at, after - 1))
+            keyword = max(i for i in self._outside_brackets(first, at) if tokens[i].text in _CLASS)
+            name_at = self._class_name(keyword)
+            # `struct { ... };` within a union has no name and may not get one.
+            if name_at < at or tokens[first].text in ("typedef", "using"):
+                name = tokens[name_at].text if name_at < at else ""
+                self.found.bodies.append(ClassBody(name, keyword, at, after - 1))
             self._continues = True
             return after
         closing = self.source.closing(at)
@@ -163,14 +194,16 @@ class _Reader:
         if self._initialises_member(parameters[1], at):
             self._continues = True
             return closing + 1
-        self._function(first, parameters, (at, closing))
+        self._function(first, parameters, (at, closing), kind == "class")
         return closing + 1
 
-    def _class_name(self, first: int, end: int) -> str:
-        for i in range(end - 1, first - 1, -1):
-            if self.tokens[i].text in _CLASS and self.tokens[i + 1].kind == "name":
-                return self.tokens[i + 1].text
-        return ""
+    def _class_name(self, keyword: int) -> int:
+        """The token after ``struct`` and its attributes: the name, if there is one."""
+        at = keyword + 1
+        while self.tokens[at].text in ("alignas", "__attribute__", "["):
+            opening = at if self.tokens[at].text == "[" else at + 1
+            at = self.source.closing(opening) + 1
+        return at
 
     def _initialises_member(self, after: int, at: int) -> bool:
         """``: a{1}, b{2} {``: is the brace that of a member, not the body?"""
@@ -222,13 +255,15 @@ class _Reader:
             at += 1
         return None
 
-    def _function(self, first: int, parameters: tuple[int, int], body: tuple[int, int]) -> None:
+    def _function(
+        self, first: int, parameters: tuple[int, int], body: tuple[int, int], method: bool = False
+    ) -> None:
         kernel = any(
             self.tokens[i].text == "kernel"
             for i in range(first, parameters[0])
             if self.tokens[i].kind == "name"
         )
-        self.found.functions.append(Function(first, parameters[0] - 1, parameters, body, kernel))
+        self.found.functions.append(Function(first, parameters[0] - 1, parameters, body, kernel, method))
 
     def _declaration(self, first: int, end: int, kind: str) -> None:
         tokens = self.tokens
@@ -243,6 +278,10 @@ class _Reader:
                 self._function(first, parameters, (0, 0))
             else:
                 self.found.globals.append((first, end))
+        elif kind == "class" and texts and not {"using", "typedef", "friend", "static_assert"} & set(texts):
+            parameters = self._parameters(first, end)
+            if parameters is not None:
+                self._function(first, parameters, (0, 0), method=True)
 
     def _function_constant(self, first: int, end: int) -> None:
         tokens = self.tokens

@@ -14,6 +14,8 @@ struct atomic {
   static_assert(is_same_v<T, int> || is_same_v<T, uint> || is_same_v<T, ulong> ||
                     is_same_v<T, float> || is_same_v<T, bool>,
                 "atomic<T> is for int, uint, ulong, float and bool");
+  atomic() = default;
+  atomic(const atomic&) = delete;
   T msl_value;
 };
 typedef atomic<int> atomic_int;

@@ -163,18 +163,6 @@ MSL_LANES_3(median3)
 MSL_LANES_3(madhi)
 MSL_LANES_3(madsat)
 template <typename T, int N>
-MSL_INLINE vec<T, N> min(vec<T, N> x, T y) {
-  return min(x, (vec<T, N>)y);
-}
-template <typename T, int N>
-MSL_INLINE vec<T, N> max(vec<T, N> x, T y) {
-  return max(x, (vec<T, N>)y);
-}
-template <typename T, int N>
-MSL_INLINE vec<T, N> clamp(vec<T, N> x, T low, T high) {
-  return clamp(x, (vec<T, N>)low, (vec<T, N>)high);
-}
-template <typename T, int N>
 MSL_INLINE vec<T, N> extract_bits(vec<T, N> x, uint at, uint count) {
   for (int i = 0; i < N; i++)
     x[i] = extract_bits((T)x[i], at, count);

@@ -297,11 +297,5 @@ MSL_LANES_3(smoothstep)
 MSL_LANES_3(fmin3)
 MSL_LANES_3(fmax3)
 MSL_LANES_3(fmedian3)
-template <typename T, int N>
-MSL_INLINE vec<T, N> mix(vec<T, N> x, vec<T, N> y, T a) {
-  for (int i = 0; i < N; i++)
-    x[i] = mix((T)x[i], (T)y[i], a);
-  return x;
-}
 
 }  // namespace metal

@@ -219,10 +219,14 @@ using make_signed_t = typename make_signed<T>::type;
 
 template <typename T, size_t N>
 struct array {
+  array() = default;
+  MSL_COPIES(array)
   T __elems_[N];
   constexpr size_t size() const { return N; }
   T& operator[](size_t i) { return __elems_[i]; }
   const T& operator[](size_t i) const { return __elems_[i]; }
+  thread T& operator[](size_t i) thread { return __elems_[i]; }
+  const thread T& operator[](size_t i) const thread { return __elems_[i]; }
   device T& operator[](size_t i) device { return __elems_[i]; }
   const device T& operator[](size_t i) const device { return __elems_[i]; }
   threadgroup T& operator[](size_t i) threadgroup { return __elems_[i]; }
@@ -250,11 +254,14 @@ struct msl_integer_limits {
   static constexpr T infinity() { return 0; }
   static constexpr T quiet_NaN() { return 0; }
 };
+// The name under which Apple's headers, and some kernels, specialise it.
 template <typename T>
-struct numeric_limits {};
+struct _numeric_limits_impl {};
+template <typename T>
+struct numeric_limits : _numeric_limits_impl<T> {};
 #define MSL_LIMITS(T) \
   template <>         \
-  struct numeric_limits<T> : msl_integer_limits<T> {};
+  struct _numeric_limits_impl<T> : msl_integer_limits<T> {};
 MSL_LIMITS(char)
 MSL_LIMITS(signed char)
 MSL_LIMITS(uchar)
@@ -266,7 +273,7 @@ MSL_LIMITS(long)
 MSL_LIMITS(ulong)
 #undef MSL_LIMITS
 template <>
-struct numeric_limits<bool> {
+struct _numeric_limits_impl<bool> {
   static constexpr constant bool is_specialized = true, is_integer = true, is_signed = false;
   static constexpr constant bool has_infinity = false, has_quiet_NaN = false;
   static constexpr constant int digits = 1;
@@ -276,7 +283,7 @@ struct numeric_limits<bool> {
 };
 #define MSL_LIMITS(T, DIGITS, MIN, MAX, EPSILON)                              \
   template <>                                                                 \
-  struct numeric_limits<T> {                                                  \
+  struct _numeric_limits_impl<T> {                                            \
     static constexpr constant bool is_specialized = true, is_integer = false; \
     static constexpr constant bool is_signed = true, is_exact = false;        \
     static constexpr constant bool has_infinity = true, has_quiet_NaN = true; \
@@ -294,20 +301,3 @@ MSL_LIMITS(bfloat, 8, 1.175494351e-38f, 3.38953139e+38f, 7.8125e-3f)
 #undef MSL_LIMITS
 
 }  // namespace metal
-
-// The type by way of which a T becomes a U: T itself, but float between half and bfloat. Never
-// called; translate.py asks for its type.
-template <typename U, typename T>
-struct msl_step {
-  typedef T type;
-};
-template <>
-struct msl_step<bfloat, half> {
-  typedef float type;
-};
-template <>
-struct msl_step<half, bfloat> {
-  typedef float type;
-};
-template <typename U, typename T>
-typename msl_step<U, T>::type msl_cast_step(T);

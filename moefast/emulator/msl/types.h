@@ -19,6 +19,10 @@
 #define write_only msl_name_write_only
 #define read_write msl_name_read_write
 #define pipe msl_name_pipe
+#define event_t msl_name_event_t
+#define queue_t msl_name_queue_t
+#define clk_event_t msl_name_clk_event_t
+#define reserve_id_t msl_name_reserve_id_t
 // OpenCL's own atomic types, which the compiler declares.
 #define atomic_int msl_name_atomic_int
 #define atomic_uint msl_name_atomic_uint
@@ -73,51 +77,41 @@ MSL_VECTORS(bfloat)
 MSL_VECTORS(float)
 #undef MSL_VECTORS
 
-// The lanes of a vector that is a class here, by number and by name.
+// As a member of a class of vectors: copies from constant memory, as from any other. The assignment
+// is a template, for `v = {1, 2}` to mean one of the two.
+#define MSL_COPIES(name)                                                             \
+  name(const name&) = default;                                                       \
+  name(const constant name&) = default;                                              \
+  name& operator=(const name&) = default;                                            \
+  template <typename msl_other, typename = typename msl_only<name, msl_other>::type> \
+  name& operator=(const constant msl_other& other) {                                 \
+    return *this = name(other);                                                      \
+  }
+template <typename T, typename U>
+struct msl_only {};
+template <typename T>
+struct msl_only<T, T> {
+  typedef T type;
+};
+
+// The lanes of a vector that is a class here.
 template <typename T, int N>
-struct msl_lanes;
-template <typename T>
-struct msl_lanes<T, 2> {
-  union {
-    T lane[2];
-    struct {
-      T x, y;
-    };
-    struct {
-      T r, g;
-    };
-  };
+struct msl_lanes {
+  T lane[N];
+  msl_lanes() = default;
+  MSL_COPIES(msl_lanes)
 };
-template <typename T>
-struct msl_lanes<T, 3> {
-  union {
-    T lane[3];
-    struct {
-      T x, y, z;
-    };
-    struct {
-      T r, g, b;
-    };
-  };
-};
-template <typename T>
-struct msl_lanes<T, 4> {
-  union {
-    T lane[4];
-    struct {
-      T x, y, z, w;
-    };
-    struct {
-      T r, g, b, a;
-    };
-  };
-};
+// The lanes, and as properties the components and swizzles that the source uses: swizzles.py
+// defines it, before the source.
+template <typename T, int N>
+struct msl_swizzled;
 
 // The compiler has no vectors of bool; comparisons of vectors give vectors of integers, 0 or -1.
 template <int N>
-struct msl_bool_vector : msl_lanes<bool, N> {
-  using msl_lanes<bool, N>::lane;
+struct msl_bool_vector : msl_swizzled<bool, N> {
+  using msl_swizzled<bool, N>::lane;
   msl_bool_vector() = default;
+  MSL_COPIES(msl_bool_vector)
   msl_bool_vector(bool b) {
     for (int i = 0; i < N; i++)
       lane[i] = b;
@@ -134,8 +128,10 @@ struct msl_bool_vector : msl_lanes<bool, N> {
     for (int i = 0; i < N; i++)
       lane[i] = given[i];
   }
+  thread bool& operator[](int i) thread { return lane[i]; }
   bool& operator[](int i) { return lane[i]; }
   bool operator[](int i) const { return lane[i]; }
+  bool operator[](int i) const constant { return lane[i]; }
   msl_bool_vector operator!() const {
     msl_bool_vector r;
     for (int i = 0; i < N; i++)

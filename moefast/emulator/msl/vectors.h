@@ -19,12 +19,57 @@ struct msl_vector_of<msl_bool_vector<N>> {
   typedef bool element;
 };
 
+// A component or a swizzle of a class of vectors, as a property: components `...` of `lane`, K of
+// them.
+template <typename T, int K>
+struct msl_vector_for {
+  typedef metal::vec<T, K> type;
+};
+template <int K>
+struct msl_vector_for<bool, K> {
+  typedef msl_bool_vector<K> type;
+};
+#define MSL_SWIZZLE_GET(name, K, SPACE, ...)                         \
+  typename msl_vector_for<T, K>::type msl_get_##name() const SPACE { \
+    const int at[] = {__VA_ARGS__};                                  \
+    typename msl_vector_for<T, K>::type v;                           \
+    for (int i = 0; i < K; i++)                                      \
+      v[i] = this->lane[at[i]];                                      \
+    return v;                                                        \
+  }
+#define MSL_COMPONENT(name, at)       \
+  T msl_get_##name() const {          \
+    return this->lane[at];            \
+  }                                   \
+  T msl_get_##name() const constant { \
+    return this->lane[at];            \
+  }                                   \
+  void msl_put_##name(T value) {      \
+    this->lane[at] = value;           \
+  }                                   \
+  __declspec(property(get = msl_get_##name, put = msl_put_##name)) T name;
+#define MSL_READ_SWIZZLE(name, K, ...)            \
+  MSL_SWIZZLE_GET(name, K, , __VA_ARGS__)         \
+  MSL_SWIZZLE_GET(name, K, constant, __VA_ARGS__) \
+  __declspec(property(get = msl_get_##name)) typename msl_vector_for<T, K>::type name;
+#define MSL_SWIZZLE(name, K, ...)                                  \
+  MSL_SWIZZLE_GET(name, K, , __VA_ARGS__)                          \
+  MSL_SWIZZLE_GET(name, K, constant, __VA_ARGS__)                  \
+  void msl_put_##name(typename msl_vector_for<T, K>::type v) {     \
+    const int at[] = {__VA_ARGS__};                                \
+    for (int i = 0; i < K; i++)                                    \
+      this->lane[at[i]] = v[i];                                    \
+  }                                                                \
+  __declspec(property(get = msl_get_##name, put = msl_put_##name)) \
+  typename msl_vector_for<T, K>::type name;
+
 // Packed vectors have the alignment of their elements, and are arithmetic through the vector they
 // convert to.
 template <typename T, int N>
-struct msl_packed : msl_lanes<T, N> {
-  using msl_lanes<T, N>::lane;
+struct msl_packed : msl_swizzled<T, N> {
+  using msl_swizzled<T, N>::lane;
   msl_packed() = default;
+  MSL_COPIES(msl_packed)
   msl_packed(metal::vec<T, N> v) {
     for (int i = 0; i < N; i++)
       lane[i] = v[i];
@@ -53,6 +98,8 @@ struct msl_packed : msl_lanes<T, N> {
   threadgroup T& operator[](int i) threadgroup { return lane[i]; }
   const threadgroup T& operator[](int i) const threadgroup { return lane[i]; }
   const constant T& operator[](int i) const constant { return lane[i]; }
+  thread T& operator[](int i) thread { return lane[i]; }
+  const thread T& operator[](int i) const thread { return lane[i]; }
   T& operator[](int i) { return lane[i]; }
   T operator[](int i) const { return lane[i]; }
 };
@@ -65,58 +112,60 @@ template <typename T>
 struct msl_same {
   typedef T type;
 };
-#define MSL_PACKED_OPERATOR(op)                                                               \
-  template <typename T, int N, typename B>                                                    \
-  MSL_INLINE msl_packed<T, N>& operator op## = (msl_packed<T, N> & a, B b) {                  \
-    return a = (metal::vec<T, N>)a op b;                                                      \
-  }                                                                                           \
-  template <typename T, int N>                                                                \
-  MSL_INLINE metal::vec<T, N> operator op(msl_packed<T, N> a, msl_packed<T, N> b) {           \
-    return (metal::vec<T, N>)a op(metal::vec<T, N>) b;                                        \
-  }                                                                                           \
-  template <typename T, int N>                                                                \
-  MSL_INLINE metal::vec<T, N> operator op(msl_packed<T, N> a, metal::vec<T, N> b) {           \
-    return (metal::vec<T, N>)a op b;                                                          \
-  }                                                                                           \
-  template <typename T, int N>                                                                \
-  MSL_INLINE metal::vec<T, N> operator op(metal::vec<T, N> a, msl_packed<T, N> b) {           \
-    return a op(metal::vec<T, N>) b;                                                          \
-  }                                                                                           \
-  template <typename T, int N>                                                                \
-  MSL_INLINE metal::vec<T, N> operator op(msl_packed<T, N> a, typename msl_same<T>::type b) { \
-    return (metal::vec<T, N>)a op b;                                                          \
-  }                                                                                           \
-  template <typename T, int N>                                                                \
-  MSL_INLINE metal::vec<T, N> operator op(typename msl_same<T>::type a, msl_packed<T, N> b) { \
-    return a op(metal::vec<T, N>) b;                                                          \
+#define MSL_PACKED_OPERATOR(op)                                                   \
+  template <typename T, int N>                                                    \
+  MSL_INLINE auto operator op(msl_packed<T, N> a, msl_packed<T, N> b) {           \
+    return (metal::vec<T, N>)a op(metal::vec<T, N>) b;                            \
+  }                                                                               \
+  template <typename T, int N>                                                    \
+  MSL_INLINE auto operator op(msl_packed<T, N> a, metal::vec<T, N> b) {           \
+    return (metal::vec<T, N>)a op b;                                              \
+  }                                                                               \
+  template <typename T, int N>                                                    \
+  MSL_INLINE auto operator op(metal::vec<T, N> a, msl_packed<T, N> b) {           \
+    return a op(metal::vec<T, N>) b;                                              \
+  }                                                                               \
+  template <typename T, int N>                                                    \
+  MSL_INLINE auto operator op(msl_packed<T, N> a, typename msl_same<T>::type b) { \
+    return (metal::vec<T, N>)a op b;                                              \
+  }                                                                               \
+  template <typename T, int N>                                                    \
+  MSL_INLINE auto operator op(typename msl_same<T>::type a, msl_packed<T, N> b) { \
+    return a op(metal::vec<T, N>) b;                                              \
   }
-MSL_PACKED_OPERATOR(+)
-MSL_PACKED_OPERATOR(-)
-MSL_PACKED_OPERATOR(*)
-MSL_PACKED_OPERATOR(/)
-template <typename T, int N>
-MSL_INLINE metal::vec<T, N> operator-(msl_packed<T, N> a) {
-  return -(metal::vec<T, N>)a;
-}
+#define MSL_PACKED_ASSIGNMENT(op)                                            \
+  MSL_PACKED_OPERATOR(op)                                                    \
+  template <typename T, int N, typename B>                                   \
+  MSL_INLINE msl_packed<T, N>& operator op## = (msl_packed<T, N> & a, B b) { \
+    return a = (metal::vec<T, N>)a op b;                                     \
+  }
+#define MSL_PACKED_SIGN(op)                         \
+  template <typename T, int N>                      \
+  MSL_INLINE auto operator op(msl_packed<T, N> a) { \
+    return op(metal::vec<T, N>) a;                  \
+  }
+// clang-format off
+MSL_PACKED_ASSIGNMENT(+) MSL_PACKED_ASSIGNMENT(-) MSL_PACKED_ASSIGNMENT(*) MSL_PACKED_ASSIGNMENT(/)
+MSL_PACKED_ASSIGNMENT(%) MSL_PACKED_ASSIGNMENT(&) MSL_PACKED_ASSIGNMENT(|) MSL_PACKED_ASSIGNMENT(^)
+MSL_PACKED_ASSIGNMENT(<<) MSL_PACKED_ASSIGNMENT(>>)
+MSL_PACKED_OPERATOR(==) MSL_PACKED_OPERATOR(!=)
+MSL_PACKED_OPERATOR(<) MSL_PACKED_OPERATOR(>) MSL_PACKED_OPERATOR(<=) MSL_PACKED_OPERATOR(>=)
+MSL_PACKED_SIGN(+) MSL_PACKED_SIGN(-) MSL_PACKED_SIGN(~) MSL_PACKED_SIGN(!)
+// clang-format on
+#undef MSL_PACKED_ASSIGNMENT
+#undef MSL_PACKED_SIGN
 #undef MSL_PACKED_OPERATOR
 #define MSL_PACKED(T)                     \
   typedef msl_packed<T, 2> packed_##T##2; \
   typedef msl_packed<T, 3> packed_##T##3; \
   typedef msl_packed<T, 4> packed_##T##4;
-MSL_PACKED(char)
-MSL_PACKED(uchar)
-MSL_PACKED(short)
-MSL_PACKED(ushort)
-MSL_PACKED(int)
-MSL_PACKED(uint)
-MSL_PACKED(long)
-MSL_PACKED(half)
-MSL_PACKED(bfloat)
-MSL_PACKED(float)
+                        MSL_PACKED(char) MSL_PACKED(uchar) MSL_PACKED(short) MSL_PACKED(ushort)
+                            MSL_PACKED(int) MSL_PACKED(uint) MSL_PACKED(long) MSL_PACKED(ulong)
+                                MSL_PACKED(half) MSL_PACKED(bfloat) MSL_PACKED(float)
 #undef MSL_PACKED
 
-template <int AT, typename V>
-MSL_INLINE void msl_fill(thread V&) {
+                                    template <int AT, typename V>
+                                    MSL_INLINE void msl_fill(thread V&) {
   static_assert(AT == msl_vector_of<V>::lanes,
                 "a vector constructor needs one value, or one for every lane");
 }
@@ -211,16 +260,4 @@ using metal::as_type;
 
 MSL_INLINE constexpr uint msl_larger(uint a, uint b) {
   return a > b ? a : b;
-}
-
-// A copy of `from`, which may be in constant memory too: the copy constructors of the language take
-// a generic reference, to which constant memory does not convert. translate.py writes it where a
-// variable of a class is initialised.
-template <typename T>
-MSL_INLINE T msl_copy(const constant T& from) {
-  return *(const device T*)(size_t)&from;
-}
-template <typename T>
-MSL_INLINE T msl_copy(const T& from) {
-  return from;
 }
