@@ -56,6 +56,7 @@ class Block:
         latent: paths of the layers before and behind the routed experts (and of a norm between), each of
             which a configuration may lack.
         combine: dtype the weights are cast to before they multiply.
+        promotes: the sum is not cast back: a router in a wider dtype than the experts widens the output.
         sum_float32: routed and shared outputs are added in float32, then rounded once.
         identity_attribute: path of the number of experts that return their input.
         whole_when_sharded: shards of it run the original.
@@ -81,6 +82,7 @@ class Block:
     mix: str | None = None
     latent: tuple[str, str | None, str] | None = None
     combine: str | None = None
+    promotes: bool = False
     sum_float32: bool = False
     identity_attribute: str | None = None
     whole_when_sharded: bool = False
@@ -142,6 +144,7 @@ BLOCKS: tuple[Block, ...] = (
         letter="A",
         spec=_SELECTED,
         reads={"top_k": "num_experts_per_tok"},
+        promotes=True,
     ),
     Block(
         module="jamba",
@@ -150,8 +153,16 @@ BLOCKS: tuple[Block, ...] = (
         logits="router",
         spec=_SELECTED,
         reads={"top_k": "num_experts_per_tok"},
+        promotes=True,
     ),
-    Block(module="phixtral", name="MOE", letter="A", spec=_SELECTED, reads={"top_k": "num_experts_per_tok"}),
+    Block(
+        module="phixtral",
+        name="MOE",
+        letter="A",
+        spec=_SELECTED,
+        reads={"top_k": "num_experts_per_tok"},
+        promotes=True,
+    ),
     Block(
         module="gpt_oss",
         name="MLPBlock",
@@ -160,6 +171,7 @@ BLOCKS: tuple[Block, ...] = (
         spec=_SELECTED | _HIGHEST,
         reads={"top_k": "num_experts_per_tok"},
         experts="experts",
+        promotes=True,
         code=("mlx_topk",),
     ),
     Block(
@@ -179,6 +191,7 @@ BLOCKS: tuple[Block, ...] = (
         logits="router.layer",
         spec=_SELECTED | _HIGHEST,
         reads={"top_k": "router.top_k"},
+        promotes=True,
     ),
     # B: softmax over all, renormalised by flag.
     Block(
@@ -199,6 +212,7 @@ BLOCKS: tuple[Block, ...] = (
         shared="shared_expert",
         shared_class="qwen3_next.Qwen3NextMLP",
         shared_gate="shared_expert_gate",
+        promotes=True,
     ),
     Block(
         module="mellum",
@@ -207,6 +221,7 @@ BLOCKS: tuple[Block, ...] = (
         spec=_HIGHEST,
         reads={"top_k": "top_k", "renormalize": "norm_topk_prob"},
         renormalize="flag",
+        promotes=True,
     ),
     Block(
         module="olmoe",
@@ -214,6 +229,7 @@ BLOCKS: tuple[Block, ...] = (
         letter="B",
         reads={"top_k": "top_k", "renormalize": "norm_topk_prob"},
         renormalize="flag",
+        promotes=True,
     ),
     # C: softmax over all, weights as they are.
     Block(
@@ -224,6 +240,7 @@ BLOCKS: tuple[Block, ...] = (
         shared="shared_expert",
         shared_class="qwen2_moe.MLP",
         shared_gate="shared_expert_gate",
+        promotes=True,
     ),
     Block(
         module="deepseek",
@@ -234,6 +251,7 @@ BLOCKS: tuple[Block, ...] = (
         reads={"top_k": "gate.top_k"},
         shared="shared_experts",
         shared_class="deepseek.DeepseekMLP",
+        promotes=True,
     ),
     Block(
         module="hunyuan",
@@ -258,6 +276,7 @@ BLOCKS: tuple[Block, ...] = (
         groups_where=("gate.topk_method", "group_limited_greedy"),
         shared="shared_experts",
         shared_class="deepseek_v2.DeepseekV2MLP",
+        promotes=True,
     ),
     Block(
         module="mistral4",
@@ -283,7 +302,7 @@ BLOCKS: tuple[Block, ...] = (
         router="LongcatFlashTopkRouter",
         logits="router.classifier",
         bias="router.e_score_correction_bias",
-        spec={"precise": False} | _HIGHEST | _EPS | _CAST_BACK,
+        spec={"precise": False} | _HIGHEST | _EPS | {"weight_dtype": "x"},
         reads={
             "top_k": "router.top_k",
             "renormalize": "router.norm_topk_prob",
@@ -351,6 +370,7 @@ BLOCKS: tuple[Block, ...] = (
         bias="gate.expert_bias",
         spec={"score_dtype": "float32"} | _CAST_BACK,
         reads=_GATE_READS | {"score": _BAILING_SCORE},
+        promotes=True,
     ),
     _v3(
         "bailing_moe",
@@ -380,6 +400,7 @@ BLOCKS: tuple[Block, ...] = (
         },
         latent=("routed_expert_down_proj", "routed_expert_norm", "routed_expert_up_proj"),
         whole_when_sharded=True,  # its ranks are summed before the norm
+        promotes=True,
         code=("_group_expert_select",),
     ),
     # Scores, keys and weights in the model's dtype; the bias is rounded to it.
@@ -402,6 +423,7 @@ BLOCKS: tuple[Block, ...] = (
                 words={"sigmoid": "sigmoid", "softmax": "softmax"},
             ),
         },
+        promotes=True,
         code=("_group_expert_select",),
     ),
     # F: dropped groups filled with -inf.
@@ -417,6 +439,7 @@ BLOCKS: tuple[Block, ...] = (
         renormalize="flag_above_one",
         shared="shared_experts",
         shared_class="bailing_hybrid.MLP",
+        promotes=True,
     ),
     Block(
         module="bailing_moe_v3",

@@ -16,6 +16,7 @@ from functools import cache
 from hashlib import blake2s
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import mlx.core as mx
@@ -34,10 +35,11 @@ def choice(problem: Problem) -> str | None:
     has measured it."""
     if _ignored.get():
         return None
-    layers: Mapping[str, Any] = stored().get("layers", {})
-    found = layers.get(key_of(problem))
-    chosen: str | None = None if found is None else found["phases"].get(problem.phase, {}).get("choice")
-    return chosen
+    try:
+        chosen = stored()["layers"][key_of(problem)]["phases"][problem.phase]["choice"]
+    except (KeyError, TypeError):  # not measured, or someone has edited the file
+        return None
+    return chosen if isinstance(chosen, str) else None
 
 
 @contextmanager
@@ -52,7 +54,8 @@ def ignored() -> Iterator[None]:
 
 def threads() -> int:
     """The native backend's fastest number of threads, 0 where nobody has measured it."""
-    return int(stored().get("threads", 0))
+    found = stored().get("threads", 0)
+    return found if isinstance(found, int) and found > 0 else 0
 
 
 def key_of(problem: Problem) -> str:
@@ -64,8 +67,7 @@ def key_of(problem: Problem) -> str:
 @cache
 def stored() -> Mapping[str, Any]:
     """What was found on this machine with these releases; empty where nothing was."""
-    found = everything().get(identity(), {})
-    return found if isinstance(found, dict) else {}
+    return _dict(everything().get(identity()))
 
 
 @cache
@@ -91,25 +93,28 @@ def everything() -> dict[str, Any]:
     except (OSError, ValueError) as error:
         log.warning("tuning: %s cannot be read, and is ignored: %s", file(), error)
         return {}
-    return found if isinstance(found, dict) else {}
+    return _dict(found)
 
 
 def store(found: Mapping[str, Any]) -> Path:
-    """Keep what was found on this machine; layers that were measured before, and not now, are kept too."""
-    before = dict(stored())
-    layers = {**before.get("layers", {}), **found.get("layers", {})}
-    kept = {**before, **found, "layers": layers}
-    _write({**everything(), identity(): kept})
+    """Keep what was found on this machine; layers that were measured before, and not now, are kept too, be it
+    by another process meanwhile."""
+    with _locked():
+        content = everything()
+        before = _dict(content.get(identity()))
+        layers = {**_dict(before.get("layers")), **found.get("layers", {})}
+        _write({**content, identity(): {**before, **found, "layers": layers}})
     return file()
 
 
 def clear() -> bool:
     """Forget what was found on this machine with these releases; whether there was something."""
-    kept = everything()
-    if identity() not in kept:
-        return False
-    del kept[identity()]
-    _write(kept)
+    with _locked():
+        kept = everything()
+        if identity() not in kept:
+            return False
+        del kept[identity()]
+        _write(kept)
     return True
 
 
@@ -118,13 +123,31 @@ def file() -> Path:
     return cache_folder("tuning") / "tuning.json"
 
 
+@contextmanager
+def _locked() -> Iterator[None]:
+    """Within the block no other process writes the file, where the system can lock one."""
+    file().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        from fcntl import LOCK_EX, flock
+    except ImportError:
+        yield
+        return
+    with file().with_suffix(".lock").open("a") as held:
+        flock(held, LOCK_EX)  # until it is closed
+        yield
+
+
 def _write(content: dict[str, Any]) -> None:
-    path = file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)  # whole or not at all
+    with NamedTemporaryFile(
+        "w", encoding="utf-8", dir=file().parent, prefix="tuning", suffix=".new", delete=False
+    ) as beside:
+        beside.write(json.dumps(content, indent=2) + "\n")
+    Path(beside.name).replace(file())  # whole or not at all
     stored.cache_clear()
+
+
+def _dict(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def _processor() -> str:

@@ -43,7 +43,7 @@ class AcceleratedApartExperts:
     def __call__(self: Any, x: mx.array, indices: mx.array, weights: mx.array) -> mx.array:
         """x: ``[..., hidden]``, indices and weights: ``[..., top_k]`` -> ``[..., hidden]``."""
         stacks = None if runs_original(self, x.shape) else weights_of(self.switch_glu)
-        if stacks is None:
+        if stacks is None or weights.dtype != x.dtype:  # which then decides the output's
             return super().__call__(x, indices, weights)  # type: ignore[misc,no-any-return]
         return ops.experts(x, stacks, Routing(indices, weights), backend=self._moefast_backend)
 

@@ -18,27 +18,33 @@ import mlx.core as mx
 import mlx.nn
 
 from .. import ops
+from ..registry import log
 from ..weights import FLOATS
+from .known import why_changed
 
 _NAME = "scaled_dot_product_attention"
 
 
 def attention_class(layer: mlx.nn.Module) -> type | None:
-    """What goes before the class of ``layer``, or None where it does not call mlx-lm's function itself."""
+    """What goes before the class of ``layer``, or None where it does not call mlx-lm's function itself, or
+    that is not the one that was read."""
     base = sys.modules.get("mlx_lm.models.base")
     forward = type(layer).__call__
     if base is None or not isinstance(forward, FunctionType) or _NAME not in forward.__code__.co_names:
         return None
     theirs = getattr(base, _NAME)
-    return _ahead(forward, theirs) if forward.__globals__.get(_NAME) is theirs else None
+    if forward.__globals__.get(_NAME) is not theirs or why_changed([f"base.{_NAME}"]) is not None:
+        return None
+    return _ahead(forward, theirs)
 
 
 class _Globals(dict[str, Any]):
     """A module's globals but for some names; those that change later are seen."""
 
     def __init__(self, others: dict[str, Any], **own: Any):
-        # __builtins__ is looked for without asking __missing__.
-        super().__init__(own, __builtins__=others["__builtins__"])
+        # Python looks for these without asking __missing__, for an import within the function.
+        asked = ("__builtins__", "__name__", "__package__", "__spec__")
+        super().__init__(own, **{name: others[name] for name in asked if name in others})
         self._others = others
 
     def __missing__(self, name: str) -> Any:
@@ -58,12 +64,19 @@ def _ahead(forward: FunctionType, theirs: Callable[..., mx.array]) -> type:
         mask: Any,
         sinks: mx.array | None = None,
     ) -> mx.array:
+        now: Callable[..., mx.array] = forward.__globals__[_NAME]
+        if now is not theirs:  # someone has put another in its place since
+            return now(queries, keys, values, cache, scale, mask, sinks)
         causal = isinstance(mask, str) and mask == "causal"
         plain = (mask is None or causal) and sinks is None and not hasattr(cache, "bits")
-        if not plain or not _takes(queries, keys, values, causal):
+        if not plain or not isinstance(scale, float | int) or not _takes(queries, keys, values, causal):
             return theirs(queries, keys, values, cache, scale, mask, sinks)
         batch, heads, length, _ = queries.shape
-        y = ops.attention(queries, keys, values, scale=scale, causal=causal)
+        try:
+            y = ops.attention(queries, keys, values, scale=scale, causal=causal)
+        except ValueError as error:  # from the description of the call, before anything runs
+            log.info("attention: the original, %s", error)
+            return theirs(queries, keys, values, cache, scale, mask, sinks)
         return y.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
 
     names = _Globals(forward.__globals__, **{_NAME: attention})

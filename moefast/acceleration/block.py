@@ -73,7 +73,7 @@ def forward(block: Any, row: Block, backend: str, x: mx.array, logits: mx.array 
     bias = selection_bias(row, block)
     shared = None if row.shared is None else block.get(row.shared)
     gate = None if row.shared_gate is None else block[row.shared_gate]
-    plain = is_plain(row, block)
+    plain = is_plain(row, block) and not widens(row, x.dtype, logits.dtype)
     facts: Facts = ()
     if plain:
         facts = facts_of(row)(block, experts, shared)
@@ -101,6 +101,11 @@ def is_plain(row: Block, block: Any) -> bool:
     if row.mix is not None or row.sum_float32:
         return False
     return row.latent is None or _latent(row, block) is None
+
+
+def widens(row: Block, dtype: mx.Dtype, logits: mx.Dtype) -> bool:
+    """Whether weights of another dtype than the input's decide that of the output."""
+    return row.promotes and logits != dtype
 
 
 def fused_weights(
@@ -164,7 +169,10 @@ def _routed(
         apart = _apart(backend, inner, weights, experts, routing.indices)
         summed: mx.array = (apart.astype(mx.float32) * routing.weights[..., None]).sum(axis=-2)
         return summed
-    if weights is not None and not spec.identity_experts:
+    if widens(row, inner.dtype, routing.weights.dtype):
+        apart = _apart(backend, inner, weights, experts, routing.indices)
+        y = (apart * routing.weights[..., None]).sum(axis=-2)
+    elif weights is not None and not spec.identity_experts:
         y = ops.experts(inner, weights, routing, combine_dtype=combine_dtype, backend=backend)
     else:
         stacked = spec.num_experts - spec.identity_experts

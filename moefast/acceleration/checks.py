@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn
 
 from .. import tuning
-from ..backends import registry
+from ..backends import backends, registry
 from ..families import Block
 from ..nn.projection import plain, projection_of, quantized
 from ..ops.experts import _problem as experts_problem
@@ -19,7 +19,7 @@ from ..ops.route import _problem as route_problem
 from ..registry import Problem, device_name
 from ..weights import dtype_name, form_of
 from .apart import ROUTER, apart_spec
-from .block import fused_weights, is_plain, stack_size
+from .block import fused_weights, is_plain, stack_size, widens
 from .experts import STACKS, weights_of
 from .known import why_changed, why_unlike
 from .routing import part, router_logits, router_spec, selection_bias
@@ -124,22 +124,31 @@ def look_at_router(router: Any, backend: str, dtype: mx.Dtype) -> Verdict:
 
 def look_at_dense(layer: Any, backend: str, dtype: mx.Dtype) -> Verdict:
     """A layer beside the experts. Of a linear one its product is asked about; others are small."""
-    weight = projection_of(layer)
-    if weight is None and isinstance(layer, mlx.nn.Embedding | mlx.nn.QuantizedEmbedding):
-        packed = isinstance(layer, mlx.nn.QuantizedEmbedding)
-        weight = quantized(layer) if packed else plain(layer)  # as the head, where it is that, too
-    if weight is None:
-        return Verdict(None, dict.fromkeys(TOKENS, "native"))
     try:
+        weight = projection_of(layer)
+        if weight is None and isinstance(layer, mlx.nn.Embedding | mlx.nn.QuantizedEmbedding):
+            packed = isinstance(layer, mlx.nn.QuantizedEmbedding)
+            weight = quantized(layer) if packed else plain(layer)  # as the head, where it is that, too
+        if weight is None:
+            return _ask_native(backend)
         problems = {
             phase: matmul_problem(
                 "quantized_matmul", (tokens, weight.layout.in_dims), dtype, (weight.layout,), device_name()
             )
             for phase, tokens in TOKENS.items()
         }
-    except ValueError as error:
-        return Verdict(str(error))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        return Verdict(f"its parameters are not what its class has: {error}")
     return _ask(problems, backend)._replace(hidden=weight.layout.in_dims)
+
+
+def _ask_native(backend: str) -> Verdict:
+    """Of a small layer, which no other backend has."""
+    wanted = registry.default if backend == "auto" else backend
+    reason = backends()["native"]
+    if reason is None and (device_name() != "cpu" or wanted not in ("auto", "native")):
+        reason = "only the native backend on a CPU has it"
+    return Verdict(reason) if reason is not None else Verdict(None, dict.fromkeys(TOKENS, "native"))
 
 
 def why_not_stack(experts: Any) -> str | None:
@@ -187,7 +196,8 @@ def _block_problems(
         return route, "its experts are adapted, and run as they are"
     combine = None if row.combine is None else getattr(mx, row.combine)
     layout = weights.layout
-    if is_plain(row, block) and (shared is None or beside is not None):
+    plain = is_plain(row, block) and not widens(row, dtype, logits.dtype)
+    if plain and (shared is None or beside is not None):
         of_shared = None if beside is None else beside.layout
         return {
             phase: moe_problem(
@@ -243,6 +253,8 @@ def _ask(problems: dict[str, Problem], backend: str) -> Verdict:
         if tuned == tuning.ORIGINAL:
             takers[phase] = tuned
             continue
+        if tuned is not None and backends().get(tuned, "") is not None:  # it cannot run here any more
+            tuned = None
         taker, reasons = registry.ask(problem, tuned or wanted)
         if taker is None:
             return Verdict("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -72,7 +72,11 @@ class AcceleratedRMSNorm:
 
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., dims]`` -> the same shape."""
-        return _or_original(self, lambda: ops.rms_norm(x, self.weight, self.eps), super().__call__, x)  # type: ignore[misc]
+
+        def run() -> mx.array:
+            return ops.rms_norm(x, self.weight, self.eps, backend=self._moefast_backend)
+
+        return _or_original(self, run, super().__call__, x)  # type: ignore[misc]
 
 
 class AcceleratedLayerNorm:
@@ -82,7 +86,9 @@ class AcceleratedLayerNorm:
         """x: ``[..., dims]`` -> the same shape."""
 
         def run() -> mx.array:
-            return ops.layer_norm(x, self.get("weight"), self.get("bias"), self.eps)
+            return ops.layer_norm(
+                x, self.get("weight"), self.get("bias"), self.eps, backend=self._moefast_backend
+            )
 
         return _or_original(self, run, super().__call__, x)  # type: ignore[misc]
 
@@ -95,7 +101,7 @@ class AcceleratedRoPE:
 
         def run() -> mx.array:
             how = {"base": self.base, "scale": self.scale, "traditional": self.traditional}
-            return ops.rope(x, self.dims, offset=offset, **how)
+            return ops.rope(x, self.dims, offset=offset, backend=self._moefast_backend, **how)
 
         return _or_original(self, run, super().__call__, x, offset)  # type: ignore[misc]
 

@@ -29,7 +29,7 @@ from ..families import BLOCKS
 DIGESTS = Path(__file__).with_name("known.json")
 PACKAGE = "mlx_lm.models"
 
-# Beside the blocks: stacks of experts, and the activations between their projections.
+# Beside the blocks: stacks of experts, the activations between their projections, and attention.
 OTHERS = (
     "switch_layers.SwitchGLU.__call__",
     "switch_layers.SwitchMLP.__call__",
@@ -53,6 +53,7 @@ OTHERS = (
     "dbrx.SparseMoeBlock.__call__",
     "dbrx.Router.__call__",
     "dbrx.MLP.__call__",
+    "base.scaled_dot_product_attention",
 )
 
 

@@ -24,7 +24,8 @@ def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | Non
     Classes of modules change, and nothing else: no parameter is copied, renamed or moved, so saving,
     quantizing, LoRA, sharding, prompt caches and ``deepcopy`` go on working, before and after. What is not
     exactly what mlx-lm's release has is left alone, and the report says why. In training the original
-    computation runs. Calling it again looks at the model anew.
+    computation runs. Calling it again looks at the model anew. Other threads may run the model meanwhile, but
+    not while a model that is accelerated already is accelerated again or restored.
 
     DBRX is the exception: mlx-lm keeps its experts in a Python list. They are stacked, projection by
     projection, without needing memory for both, and change their names meanwhile.

@@ -95,7 +95,8 @@ class Report:
         kinds = Counter(e.kind for e in self.dense)
         if kinds:
             of = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-            yield f"  beside the experts: {of}: native"
+            where = ", ".join(sorted({backend for e in self.dense for backend in e.backends.values()}))
+            yield f"  beside the experts: {of}: {where}"
         yield (
             f"  memory: {self.parameter_bytes / 1e6:,.1f} MB of parameters,"
             f" {max(self.added_bytes, 0) / 1e6:,.1f} MB more in use than before"

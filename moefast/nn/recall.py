@@ -48,8 +48,9 @@ class Recall:
 
 
 def training_backend(layer: mlx.nn.Module) -> str:
-    """In training the reference runs outright: its gradients are MLX's own."""
-    return "reference" if layer.training else "auto"
+    """In training the reference runs outright: its gradients are MLX's own. Else any backend does, or the one
+    that an accelerated layer was given."""
+    return "reference" if layer.training else layer.__dict__.get("_moefast_backend", "auto")
 
 
 def product(layer: mlx.nn.Module, x: mx.array, weight_of: Callable[[mlx.nn.Module], Projection]) -> mx.array:
