@@ -62,7 +62,7 @@ def measured(model: Any, seconds: Callable[[bool, str], float]) -> list[Kind]:
 
     def watch(run: Callable[[], mx.array]) -> float:
         y = run()
-        tokens = y.shape[1]
+        tokens = y.shape[-2]
         phases.append({1: "decode", 16: "band", 128: "prefill"}[tokens])
         return seconds(any(original_of(module) is not None for module in modules), phases[-1])
 
@@ -87,6 +87,29 @@ def test_the_slower_side_is_not_chosen(model: Any) -> None:
     for kind in kinds:
         chosen = {phase: found["choice"] for phase, found in kind.decided().items()}
         assert chosen == {"decode": "native", "band": "original", "prefill": "native"}
+
+
+@needs_native
+def test_layers_beside_the_experts_are_measured(model: Any) -> None:
+    """Norms, rotations and attention: where the original is faster, they stay."""
+
+    def seconds(accelerated: bool, phase: str) -> float:
+        return 2.0 if accelerated == (phase == "decode") else 1.0
+
+    kinds = measured(model, seconds)
+    beside = {kind.layers[0].kind: kind for kind in kinds if kind.layers[0].what == "dense"}
+    assert {"RMSNorm", "RoPE", "Attention"} <= beside.keys()
+    for name in ("RMSNorm", "RoPE", "Attention"):
+        found = {phase: of["choice"] for phase, of in beside[name].decided().items()}
+        assert found == {"decode": "original", "band": "native", "prefill": "native"}
+    tuning.store(as_stored(kinds))
+    moefast.accelerate(model)
+    attention, norm = model.model.layers[0].self_attn, model.model.norm
+    x, heads = mx.random.normal((1, 1, 256)), mx.random.normal((1, 4, 1, 64))
+    got = attention(x), norm(x), attention.rope(heads, offset=3)
+    moefast.restore(model)
+    for mine, theirs in zip(got, (attention(x), norm(x), attention.rope(heads, offset=3)), strict=True):
+        assert mx.array_equal(mine, theirs)
 
 
 @needs_native

@@ -21,6 +21,7 @@ from .. import ops
 from ..registry import log
 from ..weights import FLOATS
 from .known import why_changed
+from .swap import runs_original
 
 _NAME = "scaled_dot_product_attention"
 
@@ -86,7 +87,9 @@ def _ahead(forward: FunctionType, theirs: Callable[..., mx.array]) -> type:
     accelerated.__kwdefaults__ = forward.__kwdefaults__
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        return (forward if self.training else accelerated)(self, *arguments, **options)
+        x = arguments[0] if arguments else None
+        original = runs_original(self, x.shape) if isinstance(x, mx.array) else self.training
+        return (forward if original else accelerated)(self, *arguments, **options)
 
     members = {"__call__": call, "_moefast_made_by": (_ahead, (forward, theirs))}
     return type("AcceleratedAttention", (), members)

@@ -3,6 +3,7 @@ anything is changed. Nothing here evaluates an array."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -123,14 +124,15 @@ def look_at_router(router: Any, backend: str, dtype: mx.Dtype) -> Verdict:
 
 
 def look_at_dense(layer: Any, backend: str, dtype: mx.Dtype) -> Verdict:
-    """A layer beside the experts. Of a linear one its product is asked about; others are small."""
+    """A layer beside the experts. Of a linear one its product is asked about; others are native's alone."""
     try:
         weight = projection_of(layer)
         if weight is None and isinstance(layer, mlx.nn.Embedding | mlx.nn.QuantizedEmbedding):
             packed = isinstance(layer, mlx.nn.QuantizedEmbedding)
             weight = quantized(layer) if packed else plain(layer)  # as the head, where it is that, too
         if weight is None:
-            return _ask_native(backend)
+            details, hidden = _beside(layer)
+            return _ask_native(backend, details, dtype)._replace(hidden=hidden)
         problems = {
             phase: matmul_problem(
                 "quantized_matmul", (tokens, weight.layout.in_dims), dtype, (weight.layout,), device_name()
@@ -142,13 +144,35 @@ def look_at_dense(layer: Any, backend: str, dtype: mx.Dtype) -> Verdict:
     return _ask(problems, backend)._replace(hidden=weight.layout.in_dims)
 
 
-def _ask_native(backend: str) -> Verdict:
-    """Of a small layer, which no other backend has."""
+def _beside(layer: Any) -> tuple[tuple[Hashable, ...], int]:
+    """What tells a norm, a rotation or an attention from others, and the width of its input."""
+    if isinstance(layer, mlx.nn.RoPE):
+        return ("RoPE", layer.dims, layer.traditional), int(layer.dims)
+    if isinstance(layer, mlx.nn.RMSNorm | mlx.nn.LayerNorm):
+        dims = layer.dims if isinstance(layer, mlx.nn.LayerNorm) else layer["weight"].shape[0]
+        return (type(layer).__name__, dims), int(dims)
+    found = [projection_of(part) for part in layer.children().values() if isinstance(part, mlx.nn.Module)]
+    layouts = tuple(weight.layout for weight in found if weight is not None)
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    return (kind, layouts), layouts[0].in_dims if layouts else 0
+
+
+def _ask_native(backend: str, details: tuple[Hashable, ...], dtype: mx.Dtype) -> Verdict:
+    """Of a layer that no other backend has. It asks for operations of its own; the problems only name it."""
     wanted = registry.default if backend == "auto" else backend
     reason = backends()["native"]
     if reason is None and (device_name() != "cpu" or wanted not in ("auto", "native")):
         reason = "only the native backend on a CPU has it"
-    return Verdict(reason) if reason is not None else Verdict(None, dict.fromkeys(TOKENS, "native"))
+    if reason is not None:
+        return Verdict(reason)
+    problems = {phase: Problem("beside", device_name(), dtype, phase, details) for phase in TOKENS}
+    takers = dict.fromkeys(TOKENS, "native")
+    if wanted == "auto":
+        slower = [phase for phase, one in problems.items() if tuning.choice(one) == tuning.ORIGINAL]
+        takers.update(dict.fromkeys(slower, tuning.ORIGINAL))
+    if set(takers.values()) == {tuning.ORIGINAL}:
+        return Verdict("moefast tune found the original faster", problems=problems, tuned=True)
+    return Verdict(None, takers, problems=problems)
 
 
 def why_not_stack(experts: Any) -> str | None:

@@ -22,7 +22,10 @@ from .swap import runs_original
 def _or_original(
     layer: Any, run: Callable[[], mx.array], original: Callable[..., mx.array], x: mx.array, *others: Any
 ) -> mx.array:
-    if runs_original(layer, x.shape):
+    shape = x.shape
+    if isinstance(layer, mlx.nn.RoPE) and len(shape) == 4:  # all heads of a token count once
+        shape = (shape[0], *shape[2:])
+    if runs_original(layer, shape):
         return original(x, *others)
     try:
         return run()

@@ -17,9 +17,11 @@ import mlx.nn
 
 from .. import tuning
 from ..acceleration import restore
+from ..acceleration.attention import attention_class
 from ..acceleration.dbrx import AcceleratedDbrx
 from ..acceleration.look import Found, activation_dtype, look, look_beside
 from ..acceleration.model import apply
+from ..registry import log
 from ..weights import ExpertLayout, Layout, dtype_name
 
 # Runs something, and says how many seconds it took.
@@ -35,6 +37,8 @@ _CLEAR = 1.5
 _MOMENT = 0.05
 # Experts of a token, where they are called without a router.
 _CHOSEN = 4
+# Of a rotation, and the tokens before one that attention decodes.
+_HEADS, _CONTEXT = 16, 256
 
 
 @dataclass
@@ -122,9 +126,10 @@ def kinds_of(model: mlx.nn.Module) -> list[Kind]:
 
 def _describe(layer: Found) -> str:
     """Class, sizes and format."""
-    layout = next(
-        part for part in layer.verdict.problems["decode"].details if isinstance(part, ExpertLayout | Layout)
-    )
+    problem = layer.verdict.problems["decode"]
+    if problem.op == "beside":
+        return f"{layer.kind} {layer.verdict.hidden}"
+    layout = next(part for part in problem.details if isinstance(part, ExpertLayout | Layout))
     if isinstance(layout, Layout):
         return f"{layer.kind} {layout.in_dims} x {layout.out_dims}, {_format(layout)}"
     sizes = f"{layout.num_experts} experts {layout.hidden} x {layout.width}"
@@ -151,10 +156,32 @@ def call_of(layer: Found, dtype: mx.Dtype, tokens: int) -> Callable[[], mx.array
         if layer.kind == "Experts":  # of a router apart: it combines
             return lambda: module(x, indices, weights)
         return lambda: module(x, indices)
+    if isinstance(module, mlx.nn.RoPE):
+        heads = mx.broadcast_to(x[:, None], (1, _HEADS, tokens, hidden))
+        return lambda: module(heads)
+    if attention_class(module) is not None:
+        return _attention_call(module, x)
     if isinstance(module, mlx.nn.Embedding | mlx.nn.QuantizedEmbedding):
         head: Any = module
         return lambda: head.as_linear(x)
     return lambda: module(x)
+
+
+def _attention_call(module: Any, x: mx.array) -> Callable[[], mx.array]:
+    """One token after a context, with the cache as it was; more tokens are a prompt."""
+    if x.shape[1] > 1:
+        return lambda: module(x, "causal", None)
+    from mlx_lm.models.cache import KVCache
+
+    cache = KVCache()
+    mx.eval(module(mx.broadcast_to(x, (1, _CONTEXT, x.shape[2])), "causal", cache), cache.state)
+
+    def one_more() -> mx.array:
+        y: mx.array = module(x, None, cache)
+        cache.trim(1)
+        return y
+
+    return one_more
 
 
 def _measure(model: mlx.nn.Module, kind: Kind, phase: str, seconds: float, watch: Stopwatch) -> None:
@@ -166,7 +193,17 @@ def _measure(model: mlx.nn.Module, kind: Kind, phase: str, seconds: float, watch
     end = time.perf_counter() + seconds
     for i in range(ROUNDS + 1):
         layer = kind.layers[i % len(kind.layers)]
-        call = call_of(layer, dtype, TOKENS[phase])
+        try:
+            call = call_of(layer, dtype, TOKENS[phase])
+            if i == 0 and attention_class(layer.module) is not None:
+                mx.eval(call())
+        except (TypeError, ValueError, AttributeError) as error:
+            if layer.what != "dense":
+                raise
+            # An attention that is called otherwise, or keeps other caches: nothing is decided.
+            log.info("tune: %s is not measured: %s", kind.what, error)
+            del kind.seconds[phase]
+            return
         took = {side: timed(layer, call, side != tuning.ORIGINAL, dtype, watch) for side in sides}
         slow = max(took.values()) > max(_MOMENT, seconds / 4)
         # The first run compiles and warms up. It counts where there is no time for another.
