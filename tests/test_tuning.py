@@ -22,7 +22,7 @@ from mlx_lm.utils import load_model
 
 from moefast.acceleration.swap import original_of
 from moefast.lm import init_model
-from moefast.lm.tune import Kind, as_stored, kinds_of, stopwatch, tune
+from moefast.lm.tune import TOKENS, Kind, as_stored, kinds_of, stopwatch, tune
 from moefast.lm.tune_machine import best_thresholds, fastest_threads
 
 needs_native = pytest.mark.skipif(
@@ -64,7 +64,8 @@ def measured(model: Any, seconds: Callable[[bool, str], float]) -> list[Kind]:
         y = run()
         tokens = y.shape[-2]
         phases.append({1: "decode", 16: "band", 128: "prefill"}[tokens])
-        return seconds(any(original_of(module) is not None for module in modules), phases[-1])
+        accelerated = any(original_of(module) is not None for module in modules)
+        return tokens * seconds(accelerated, phases[-1])
 
     kinds = tune(model, seconds=0.01, watch=watch)
     assert set(phases) == {"decode", "band", "prefill"}
@@ -87,6 +88,26 @@ def test_the_slower_side_is_not_chosen(model: Any) -> None:
     for kind in kinds:
         chosen = {phase: found["choice"] for phase, found in kind.decided().items()}
         assert chosen == {"decode": "native", "band": "original", "prefill": "native"}
+
+
+@needs_native
+def test_an_original_that_would_take_minutes_is_not_run(model: Any) -> None:
+    runs: list[bool] = []
+    modules = [module for _, module in model.named_modules()]
+
+    def watch(run: Callable[[], mx.array]) -> float:
+        tokens = run().shape[-2]
+        accelerated = any(original_of(module) is not None for module in modules)
+        runs.append(accelerated)
+        assert accelerated or tokens == 1, "the original ran on a prompt"
+        return tokens * (0.001 if accelerated else 1.0)
+
+    for kind in tune(model, seconds=0.01, watch=watch):
+        decided = kind.decided()
+        assert {phase: of["choice"] for phase, of in decided.items()} == dict.fromkeys(TOKENS, "native")
+        assert decided["prefill"]["expected"] == 128.0
+        assert set(decided["prefill"]["seconds"]) == {"native"}
+    assert set(runs) == {True, False}
 
 
 @needs_native

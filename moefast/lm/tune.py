@@ -34,6 +34,7 @@ TOKENS = {"decode": 1, "band": 16, "prefill": 128}
 # longer. What takes a moment has so many rounds whatever the time left.
 ROUNDS = 7
 _CLEAR = 1.5
+_HOPELESS = 5.0
 _MOMENT = 0.05
 # Experts of a token, where they are called without a router.
 _CHOSEN = 4
@@ -49,21 +50,24 @@ class Kind:
         what: for people: class and sizes.
         layers: of the model.
         seconds: phase -> ``original`` or a backend -> the runs' seconds.
+        expected: phase -> what the original would have taken, where it was not run.
     """
 
     key: str
     what: str
     layers: list[Found]
     seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
 
     def decided(self) -> dict[str, dict[str, Any]]:
         """Phase -> what is faster, and the medians."""
         found = {}
         for phase, sides in self.seconds.items():
             medians = {side: statistics.median(runs) for side, runs in sides.items() if runs}
-            if len(medians) < 2:
+            backend = next(side for side in sides if side != tuning.ORIGINAL)
+            if phase in self.expected:
+                found[phase] = {"choice": backend, "seconds": medians, "expected": self.expected[phase]}
                 continue
-            backend = next(side for side in medians if side != tuning.ORIGINAL)
             faster = backend if medians[backend] <= medians[tuning.ORIGINAL] else tuning.ORIGINAL
             found[phase] = {"choice": faster, "seconds": medians}
         return found
@@ -87,7 +91,8 @@ def tune(
 
     Args:
         model: that mlx-lm loaded, in evaluation mode.
-        seconds: for everything, about; each kind and phase has at least one run of each side.
+        seconds: for everything, about; each kind and phase has at least one run of each side, unless what is
+            known of fewer tokens says that the original takes too long, and several times as long.
         watch: times a run.
         progress: told which part of the time is over, and what is being measured.
 
@@ -174,7 +179,12 @@ def _attention_call(module: Any, x: mx.array) -> Callable[[], mx.array]:
     from mlx_lm.models.cache import KVCache
 
     cache = KVCache()
-    mx.eval(module(mx.broadcast_to(x, (1, _CONTEXT, x.shape[2])), "causal", cache), cache.state)
+    context = mx.broadcast_to(x, (1, _CONTEXT, x.shape[2]))
+    apply(list(look_beside(module, "auto", x.dtype)), "auto")
+    try:
+        mx.eval(module(context, "causal", cache), cache.state)
+    finally:
+        restore(module)
 
     def one_more() -> mx.array:
         y: mx.array = module(x, None, cache)
@@ -195,14 +205,17 @@ def _measure(model: mlx.nn.Module, kind: Kind, phase: str, seconds: float, watch
         layer = kind.layers[i % len(kind.layers)]
         try:
             call = call_of(layer, dtype, TOKENS[phase])
-            if i == 0 and attention_class(layer.module) is not None:
-                mx.eval(call())
+            first = timed(layer, call, True, dtype, watch) if i == 0 else 0.0
         except (TypeError, ValueError, AttributeError) as error:
-            if layer.what != "dense":
+            if attention_class(layer.module) is None:
                 raise
-            # An attention that is called otherwise, or keeps other caches: nothing is decided.
+            # It is called otherwise, or keeps other caches: nothing is decided.
             log.info("tune: %s is not measured: %s", kind.what, error)
             del kind.seconds[phase]
+            return
+        if i == 0 and (expected := _hopeless(kind, phase, first, seconds)) is not None:
+            sides[backend].append(first)
+            kind.expected[phase] = expected
             return
         took = {side: timed(layer, call, side != tuning.ORIGINAL, dtype, watch) for side in sides}
         slow = max(took.values()) > max(_MOMENT, seconds / 4)
@@ -213,6 +226,18 @@ def _measure(model: mlx.nn.Module, kind: Kind, phase: str, seconds: float, watch
         clear = i >= 2 and _are_apart(sides)
         if all(sides.values()) and (clear or (slow and time.perf_counter() > end)):
             return
+
+
+def _hopeless(kind: Kind, phase: str, accelerated: float, seconds: float) -> float | None:
+    """What the original would take, if that is more than there is time for and many times the accelerated
+    side's; by its time for fewer tokens, of which it needs as much for each."""
+    before = [other for other, sides in kind.seconds.items() if other != phase and sides[tuning.ORIGINAL]]
+    if not before:
+        return None
+    last = before[-1]
+    each = statistics.median(kind.seconds[last][tuning.ORIGINAL]) / TOKENS[last]
+    expected = each * TOKENS[phase]
+    return expected if expected > max(seconds, _MOMENT, _HOPELESS * accelerated) else None
 
 
 def timed(

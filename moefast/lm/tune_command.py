@@ -22,12 +22,13 @@ def rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
     for layer in found.get("layers", {}).values():
         for phase, of in layer["phases"].items():
             seconds = dict(of["seconds"])
-            original = seconds.pop(tuning.ORIGINAL)
+            original = seconds.pop(tuning.ORIGINAL, None)
             backend, took = next(iter(seconds.items()))
+            slow = f"~{1e3 * of['expected']:.3g}" if original is None else f"{1e3 * original:.3g}"
             yield (
                 layer["what"],
                 phase,
-                f"{1e3 * original:.3g}",
+                slow,
                 f"{backend} {1e3 * took:.3g}",
                 of["choice"],
             )
@@ -44,6 +45,8 @@ def show(found: dict[str, Any]) -> None:
     for row in rows(found):
         table.add_row(*row)
     out.print(table)
+    if any(row[2].startswith("~") for row in rows(found)):
+        out.print("~: what it would take, by its time for fewer tokens; not run")
     threads = found.get("threads", 0)
     out.print(f"threads of the native backend: {threads or 'one per usable core'}")
     limits = found.get("metal_thresholds")
