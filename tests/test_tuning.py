@@ -91,6 +91,40 @@ def test_the_slower_side_is_not_chosen(model: Any) -> None:
 
 
 @needs_native
+def test_what_is_timed_has_been_called_before(model: Any) -> None:
+    """As in generation, where every call but the first is one that the layer remembers."""
+    modules = [module for _, module in model.named_modules()]
+    remembered: list[bool] = []
+
+    def watch(run: Callable[[], mx.array]) -> float:
+        of_one = [m for m in modules if original_of(m) is not None and hasattr(m, "group_size")]
+        if len(of_one) == 1 and original_of(of_one[0]).__name__ == "QuantizedLinear":
+            remembered.append(of_one[0].__dict__.get("_recall") is not None)
+        run()
+        return 1.0
+
+    tune(model, seconds=0.01, watch=watch)
+    assert len(remembered) > 10
+    assert all(remembered)
+
+
+@needs_native
+def test_what_was_measured_before_does_not_matter(model: Any) -> None:
+    tuning.store(as_stored(measured(model, lambda accelerated, phase: 2.0 if accelerated else 1.0)))
+    modules = [module for _, module in model.named_modules()]
+    most = 0
+
+    def watch(run: Callable[[], mx.array]) -> float:
+        nonlocal most
+        most = max(most, sum(original_of(module) is not None for module in modules))
+        run()
+        return 1.0
+
+    tune(model, seconds=0.01, watch=watch)
+    assert most > 5  # a block, its experts, its router and the layers of its shared expert
+
+
+@needs_native
 def test_an_original_that_would_take_minutes_is_not_run(model: Any) -> None:
     runs: list[bool] = []
     modules = [module for _, module in model.named_modules()]

@@ -151,7 +151,7 @@ def _beside(layer: Any) -> tuple[tuple[Hashable, ...], int]:
     if isinstance(layer, mlx.nn.RMSNorm | mlx.nn.LayerNorm):
         dims = layer.dims if isinstance(layer, mlx.nn.LayerNorm) else layer["weight"].shape[0]
         return (type(layer).__name__, dims), int(dims)
-    found = [projection_of(part) for part in layer.children().values() if isinstance(part, mlx.nn.Module)]
+    found = [projection_of(child) for child in layer.children().values() if isinstance(child, mlx.nn.Module)]
     layouts = tuple(weight.layout for weight in found if weight is not None)
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     return (kind, layouts), layouts[0].in_dims if layouts else 0
@@ -166,13 +166,9 @@ def _ask_native(backend: str, details: tuple[Hashable, ...], dtype: mx.Dtype) ->
     if reason is not None:
         return Verdict(reason)
     problems = {phase: Problem("beside", device_name(), dtype, phase, details) for phase in TOKENS}
-    takers = dict.fromkeys(TOKENS, "native")
-    if wanted == "auto":
-        slower = [phase for phase, one in problems.items() if tuning.choice(one) == tuning.ORIGINAL]
-        takers.update(dict.fromkeys(slower, tuning.ORIGINAL))
-    if set(takers.values()) == {tuning.ORIGINAL}:
-        return Verdict("moefast tune found the original faster", problems=problems, tuned=True)
-    return Verdict(None, takers, problems=problems)
+    slower = {one.phase for one in problems.values() if tuning.choice(one) == tuning.ORIGINAL}
+    stays = slower if wanted == "auto" else set()
+    return _verdict(problems, {phase: tuning.ORIGINAL if phase in stays else "native" for phase in TOKENS})
 
 
 def why_not_stack(experts: Any) -> str | None:
@@ -239,7 +235,6 @@ def _block_problems(
             )
             for phase, n in TOKENS.items()
         }, None
-    mix = ((1, spec.top_k), mx.float32)
     return {
         phase: experts_problem(
             "experts",
@@ -247,7 +242,7 @@ def _block_problems(
             dtype,
             layout,
             ((n, spec.top_k), mx.uint32),
-            ((n, spec.top_k), mix[1]),
+            ((n, spec.top_k), mx.float32),
             combine,
             device,
         )
@@ -284,8 +279,12 @@ def _ask(problems: dict[str, Problem], backend: str) -> Verdict:
             return Verdict("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
         takers[phase] = taker.name
         refused |= reasons
-    if set(takers.values()) == {tuning.ORIGINAL}:
-        return Verdict("moefast tune found the original faster", problems=problems, tuned=True)
     if wanted == "auto" and set(takers.values()) == {"reference"}:
         return Verdict("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
+    return _verdict(problems, takers)
+
+
+def _verdict(problems: dict[str, Problem], takers: dict[str, str]) -> Verdict:
+    if set(takers.values()) == {tuning.ORIGINAL}:
+        return Verdict("moefast tune found the original faster", problems=problems, tuned=True)
     return Verdict(None, takers, problems=problems)

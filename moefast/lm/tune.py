@@ -100,13 +100,13 @@ def tune(
         The kinds, with what was measured of them. Nothing is stored.
     """
     restore(model)
-    kinds = kinds_of(model)
+    kinds, dtype = kinds_of(model), activation_dtype(model)
     jobs = [(kind, phase) for kind in kinds for phase in kind.layers[0].verdict.backends]
     end = time.perf_counter() + seconds
     for i, (kind, phase) in enumerate(jobs):
         progress(i / len(jobs), f"{kind.what}: {phase}")
         share = max(0.0, end - time.perf_counter()) / (len(jobs) - i)
-        _measure(model, kind, phase, share, watch)
+        _measure(kind, phase, dtype, share, watch)
     progress(1.0, "done")
     return kinds
 
@@ -165,22 +165,23 @@ def call_of(layer: Found, dtype: mx.Dtype, tokens: int) -> Callable[[], mx.array
         heads = mx.broadcast_to(x[:, None], (1, _HEADS, tokens, hidden))
         return lambda: module(heads)
     if attention_class(module) is not None:
-        return _attention_call(module, x)
+        return _attention_call(layer, x)
     if isinstance(module, mlx.nn.Embedding | mlx.nn.QuantizedEmbedding):
         head: Any = module
         return lambda: head.as_linear(x)
     return lambda: module(x)
 
 
-def _attention_call(module: Any, x: mx.array) -> Callable[[], mx.array]:
+def _attention_call(layer: Found, x: mx.array) -> Callable[[], mx.array]:
     """One token after a context, with the cache as it was; more tokens are a prompt."""
+    module: Any = layer.module
     if x.shape[1] > 1:
         return lambda: module(x, "causal", None)
     from mlx_lm.models.cache import KVCache
 
     cache = KVCache()
     context = mx.broadcast_to(x, (1, _CONTEXT, x.shape[2]))
-    apply(list(look_beside(module, "auto", x.dtype)), "auto")
+    _accelerate(layer, x.dtype)
     try:
         mx.eval(module(context, "causal", cache), cache.state)
     finally:
@@ -194,12 +195,11 @@ def _attention_call(module: Any, x: mx.array) -> Callable[[], mx.array]:
     return one_more
 
 
-def _measure(model: mlx.nn.Module, kind: Kind, phase: str, seconds: float, watch: Stopwatch) -> None:
+def _measure(kind: Kind, phase: str, dtype: mx.Dtype, seconds: float, watch: Stopwatch) -> None:
     """Rounds of original and accelerated, until their order is clear or the time is over."""
     backend = kind.layers[0].verdict.backends[phase]
     sides: dict[str, list[float]] = {tuning.ORIGINAL: [], backend: []}
     kind.seconds[phase] = sides
-    dtype = activation_dtype(model)
     end = time.perf_counter() + seconds
     for i in range(ROUNDS + 1):
         layer = kind.layers[i % len(kind.layers)]
@@ -245,12 +245,20 @@ def timed(
 ) -> float:
     """Seconds of one run of a layer that is its original before and after."""
     if accelerated:
-        apply([layer], "auto")
-        apply(list(look_beside(layer.module, "auto", dtype)), "auto")
+        _accelerate(layer, dtype)
     try:
+        if accelerated:
+            call()  # from its second call on a layer remembers what the first one chose; nothing is evaluated
         return watch(call)
     finally:
         restore(layer.module)
+
+
+def _accelerate(layer: Found, dtype: mx.Dtype) -> None:
+    """The layer and those within it, whatever was measured before."""
+    apply([layer], "auto")
+    with tuning.ignored():
+        apply(list(look_beside(layer.module, "auto", dtype)), "auto")
 
 
 def _are_apart(sides: dict[str, list[float]]) -> bool:

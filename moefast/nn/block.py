@@ -1,4 +1,4 @@
-"""A block of experts that remembers its last call, whoever's block it is: the layers are handed over.
+"""A block of experts that remembers its last call, whosever block it is: the layers are handed over.
 
 :func:`recalled` is tried first; where it gives None, the call is made in full, and :func:`remember` keeps
 what it chose.
@@ -39,8 +39,7 @@ def recalled(
         shared: holds three dense layers of these names, or None.
         shared_gate: dense layer ``hidden -> 1``, or None.
         facts: what else the call depends on (spec, activations, dtype of the combine), equal where the
-            last call's will do. Two modules are equal where their
-            parameters are: name their classes.
+            last call's will do. Two modules are equal where their parameters are: name their classes.
     """
     own = owner.__dict__
     recall: Recall | None = own.get("_recall")
