@@ -14,24 +14,24 @@ import mlx.nn
 
 from .. import ops
 from ..nn.projection import plain, quantized
-from ..nn.recall import product, rows
+from ..nn.recall import product_again, product_in_full, rows
 from ..registry import log
+from ..weights import Shape
 from .swap import runs_original
 
 
 def _or_original(
-    layer: Any, run: Callable[[], mx.array], original: Callable[..., mx.array], x: mx.array, *others: Any
+    layer: Any, shape: Shape, run: Callable[[], mx.array], original: Callable[[], mx.array]
 ) -> mx.array:
-    shape = x.shape
-    if isinstance(layer, mlx.nn.RoPE) and len(shape) == 4:  # all heads of a token count once
-        shape = (shape[0], *shape[2:])
+    """``run()``, or ``original()`` in training, in phases in which that is faster (told by ``shape``), and
+    where the operation refuses the call."""
     if runs_original(layer, shape):
-        return original(x, *others)
+        return original()
     try:
         return run()
     except ValueError as error:  # raised by the description of the call, before anything runs
         log.info("%s: the original, %s", type(layer).__name__, error)
-        return original(x, *others)
+        return original()
 
 
 class AcceleratedLinear:
@@ -39,7 +39,11 @@ class AcceleratedLinear:
 
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., in]`` -> ``[..., out]``."""
-        return _or_original(self, lambda: product(self, x, plain), super().__call__, x)  # type: ignore[misc]
+        y = product_again(self, x)  # all calls of a generation but a layer's first
+        if y is not None:
+            return y
+        original = super().__call__  # type: ignore[misc]
+        return _or_original(self, x.shape, lambda: product_in_full(self, x, plain), lambda: original(x))
 
 
 class AcceleratedQuantizedLinear:
@@ -47,7 +51,11 @@ class AcceleratedQuantizedLinear:
 
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., in]`` -> ``[..., out]``."""
-        return _or_original(self, lambda: product(self, x, quantized), super().__call__, x)  # type: ignore[misc]
+        y = product_again(self, x)
+        if y is not None:
+            return y
+        original = super().__call__  # type: ignore[misc]
+        return _or_original(self, x.shape, lambda: product_in_full(self, x, quantized), lambda: original(x))
 
 
 class AcceleratedEmbedding:
@@ -55,7 +63,11 @@ class AcceleratedEmbedding:
 
     def as_linear(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., dims]`` -> ``[..., num_embeddings]``."""
-        return _or_original(self, lambda: product(self, x, plain), super().as_linear, x)  # type: ignore[misc]
+        y = product_again(self, x)
+        if y is not None:
+            return y
+        original = super().as_linear  # type: ignore[misc]
+        return _or_original(self, x.shape, lambda: product_in_full(self, x, plain), lambda: original(x))
 
 
 class AcceleratedQuantizedEmbedding:
@@ -63,11 +75,16 @@ class AcceleratedQuantizedEmbedding:
 
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: integers ``[...]`` -> ``[..., dims]``."""
-        return _or_original(self, lambda: rows(self, x), super().__call__, x)  # type: ignore[misc]
+        original = super().__call__  # type: ignore[misc]
+        return _or_original(self, x.shape, lambda: rows(self, x), lambda: original(x))
 
     def as_linear(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., dims]`` -> ``[..., num_embeddings]``."""
-        return _or_original(self, lambda: product(self, x, quantized), super().as_linear, x)  # type: ignore[misc]
+        y = product_again(self, x)
+        if y is not None:
+            return y
+        original = super().as_linear  # type: ignore[misc]
+        return _or_original(self, x.shape, lambda: product_in_full(self, x, quantized), lambda: original(x))
 
 
 class AcceleratedRMSNorm:
@@ -75,11 +92,12 @@ class AcceleratedRMSNorm:
 
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., dims]`` -> the same shape."""
+        original = super().__call__  # type: ignore[misc]
 
         def run() -> mx.array:
             return ops.rms_norm(x, self.weight, self.eps, backend=self._moefast_backend)
 
-        return _or_original(self, run, super().__call__, x)  # type: ignore[misc]
+        return _or_original(self, x.shape, run, lambda: original(x))
 
 
 class AcceleratedLayerNorm:
@@ -87,13 +105,14 @@ class AcceleratedLayerNorm:
 
     def __call__(self: Any, x: mx.array) -> mx.array:
         """x: ``[..., dims]`` -> the same shape."""
+        original = super().__call__  # type: ignore[misc]
 
         def run() -> mx.array:
             return ops.layer_norm(
                 x, self.get("weight"), self.get("bias"), self.eps, backend=self._moefast_backend
             )
 
-        return _or_original(self, run, super().__call__, x)  # type: ignore[misc]
+        return _or_original(self, x.shape, run, lambda: original(x))
 
 
 class AcceleratedRoPE:
@@ -101,12 +120,15 @@ class AcceleratedRoPE:
 
     def __call__(self: Any, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """x: ``[batch, heads, length, head_dim]`` -> the same shape."""
+        original = super().__call__  # type: ignore[misc]
 
         def run() -> mx.array:
             how = {"base": self.base, "scale": self.scale, "traditional": self.traditional}
             return ops.rope(x, self.dims, offset=offset, backend=self._moefast_backend, **how)
 
-        return _or_original(self, run, super().__call__, x, offset)  # type: ignore[misc]
+        # The heads of a token count once.
+        shape = (x.shape[0], *x.shape[2:]) if x.ndim == 4 else x.shape
+        return _or_original(self, shape, run, lambda: original(x, offset))
 
 
 # Exactly these classes: one that derives from them may compute something else.

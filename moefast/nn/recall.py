@@ -55,17 +55,29 @@ def training_backend(layer: mlx.nn.Module) -> str:
 
 def product(layer: mlx.nn.Module, x: mx.array, weight_of: Callable[[mlx.nn.Module], Projection]) -> mx.array:
     """``x @ weight.T + bias`` with the arrays of a linear layer, as ``weight_of`` describes them."""
+    y = product_again(layer, x)
+    return product_in_full(layer, x, weight_of) if y is None else y
+
+
+def product_again(layer: mlx.nn.Module, x: mx.array) -> mx.array | None:
+    """:func:`product` by the kernel of the last call, or None where this call is of another kind."""
     own = layer.__dict__
     recall = own.get("_recall")
-    if recall is not None and not own["_training"] and registry.default == recall.default:
-        y: mx.array | None = recall.of_layers(x, layer, recall.types, recall.low, recall.high)
-        if y is not None:
-            return y
+    if recall is None or own["_training"] or registry.default != recall.default:
+        return None
+    y: mx.array | None = recall.of_layers(x, layer, recall.types, recall.low, recall.high)
+    return y
+
+
+def product_in_full(
+    layer: mlx.nn.Module, x: mx.array, weight_of: Callable[[mlx.nn.Module], Projection]
+) -> mx.array:
+    """What :func:`product` gives, described and chosen; the layer remembers the choice."""
     weight = weight_of(layer)
     choice = choose_product(x, weight, training_backend(layer))
     _remember(layer, "_recall", choice, x.shape, ())
-    in_full: mx.array = choice.run(x, weight)
-    return in_full
+    y: mx.array = choice.run(x, weight)
+    return y
 
 
 def products(owner: mlx.nn.Module, x: mx.array, layers: tuple[mlx.nn.Module, ...]) -> list[mx.array]:
