@@ -9,13 +9,13 @@ import json
 import os
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mlx.core as mx
 
 from .backends import backends, metal, native, registry
 from .env import Settings, settings
+from .machine import release_of
 from .ops.experts import _problem as _experts_problem
 from .ops.moe import _problem as _moe_problem
 from .ops.quantized_matmul import _problem as _matmul_problem
@@ -54,7 +54,7 @@ def examine() -> dict[str, Any]:
     except ValueError as error:  # this command is what one runs to find out
         problem = str(error)
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: release_of(name) for name in _PACKAGES}},
         "platform": {
             "system": platform.platform(),
             "machine": platform.machine(),
@@ -75,13 +75,6 @@ def examine() -> dict[str, Any]:
         "environment": _environment(),
         "kernels": _kernels(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _kernels() -> str:

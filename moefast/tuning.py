@@ -8,13 +8,11 @@ a backend does.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from hashlib import blake2s
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from .env import cache_folder
+from .machine import cores, cpu_model, release_of
 from .registry import Problem, device_name, log
 
 # What stands for a backend's name where the model's own computation is faster.
@@ -73,14 +72,11 @@ def stored() -> Mapping[str, Any]:
 @cache
 def identity() -> str:
     """What figures hold for: the machine, and the releases of moefast, MLX and mlx-lm."""
-    import os
-
     if device_name() == "gpu":
         machine = str(mx.device_info().get("device_name", "gpu"))
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        machine = f"{_processor()}, {cores} cores"
-    releases = ", ".join(f"{name} {_version(name)}" for name in ("moefast", "mlx", "mlx-lm"))
+        machine = f"{cpu_model()}, {cores()} cores"
+    releases = ", ".join(f"{name} {release_of(name)}" for name in ("moefast", "mlx", "mlx-lm"))
     return f"{machine}; {releases}"
 
 
@@ -148,21 +144,3 @@ def _write(content: dict[str, Any]) -> None:
 
 def _dict(found: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

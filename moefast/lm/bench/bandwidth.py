@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...env import settings
+from ...machine import cores
 from ...registry import device_name
-from .machine import cores
 
 # Larger than the caches of one processor, as the weights of a model are; twice this is allocated.
 _BYTES = 512 << 20

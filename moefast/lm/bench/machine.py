@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ...env import settings
+from ...machine import cores, cpu_model, output_of, release_of
 from ...registry import device_name
 
 
@@ -31,31 +30,12 @@ def describe() -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in ("mlx", "mlx-lm", "moefast")},
+            **{name: release_of(name) or "unknown" for name in ("mlx", "mlx-lm", "moefast")},
         },
         "git": git_state(Path(__file__).resolve().parents[3]),
         "environment": {settings.variable(name): value for name, value in vars(settings).items()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def cpu_model() -> str:
-    """The processor's own name, such as ``Apple M4 Pro``."""
-    if platform.system() == "Darwin":
-        return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def memory() -> int:
@@ -75,26 +55,10 @@ def git_state(checkout: Path) -> dict[str, Any] | None:
     A wheel inside a virtual environment inside some other project's checkout is installed: only a
     repository whose top is ``checkout`` itself counts.
     """
-    top = _output("git", "-C", str(checkout), "rev-parse", "--show-toplevel")
+    top = output_of("git", "-C", str(checkout), "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != checkout:
         return None
-    commit = _output("git", "-C", str(checkout), "rev-parse", "HEAD")
+    commit = output_of("git", "-C", str(checkout), "rev-parse", "HEAD")
     if not commit:
         return None
-    return {"commit": commit, "dirty": bool(_output("git", "-C", str(checkout), "status", "--porcelain"))}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _output(*command: str) -> str:
-    """What a command prints, or nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return {"commit": commit, "dirty": bool(output_of("git", "-C", str(checkout), "status", "--porcelain"))}
