@@ -68,15 +68,10 @@ def why_not_stack(block: Any) -> str | None:
 
 def stacked_form(block: Any) -> Any:
     """A block like ``block`` after :func:`stack`, whose stacks are never made: for what looks at shapes."""
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
-
-    stacks = _bare(SwitchGLU)
-    stacks.activation = SwiGLU()
+    stacks = _bare_stacks()
     for mine, theirs in _NAMES.items():
         layer = block.experts[0][mine]
-        made = _bare(QuantizedSwitchLinear if hasattr(layer, "bits") else SwitchLinear)
-        if hasattr(layer, "bits"):
-            made.bits, made.group_size, made.mode = _packing(layer)
+        made = _bare_stack(layer)
         for name, array in layer.items():
             made[name] = array
             if array is not None:
@@ -96,18 +91,11 @@ def _packing(layer: Any) -> tuple[Any, ...]:
 def stack(block: Any) -> None:
     """Make ``block.switch_mlp`` out of ``block.experts``, which is then empty; or, where that fails (memory),
     leave the block as it was."""
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear
-
-    stacks = _bare(SwitchGLU)
-    stacks.activation = SwiGLU()
+    stacks = _bare_stacks()
     moved: list[tuple[list[Any], str, mx.array]] = []
     for mine, theirs in _NAMES.items():
         layers = [expert[mine] for expert in block.experts]
-        is_quantized = isinstance(layers[0], mlx.nn.QuantizedLinear)
-        made = _bare(QuantizedSwitchLinear if is_quantized else SwitchLinear)
-        if is_quantized:
-            made.bits, made.group_size, made.mode = layers[0].bits, layers[0].group_size, layers[0].mode
-            made.global_scale = None
+        made = _bare_stack(layers[0])
         for name in list(layers[0]):
             if layers[0][name] is None:
                 made[name] = None
@@ -161,13 +149,33 @@ def unstack(block: Any) -> None:
                 layer[name] = mx.zeros(())
         for expert, part in zip(experts, parts, strict=True):
             if is_quantized:
-                part.bits, part.group_size, part.mode = layer.bits, layer.group_size, layer.mode
+                part.bits, part.group_size, part.mode = _packing(layer)
             _copy_flags(layer, part)
             expert[mine] = part
     for expert in experts:
         _copy_flags(stacks, expert)
     del block["switch_mlp"]
     block.experts = experts
+
+
+def _bare_stacks() -> Any:
+    from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+
+    stacks = _bare(SwitchGLU)
+    stacks.activation = SwiGLU()
+    return stacks
+
+
+def _bare_stack(layer: Any) -> Any:
+    """What stacks of layers like this one are, without arrays."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    if not isinstance(layer, mlx.nn.QuantizedLinear):
+        return _bare(SwitchLinear)
+    made = _bare(QuantizedSwitchLinear)
+    made.bits, made.group_size, made.mode = _packing(layer)
+    made.global_scale = None
+    return made
 
 
 def _bare(kind: Any) -> Any:
