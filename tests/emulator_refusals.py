@@ -1,8 +1,8 @@
 # ruff: noqa: E501 (a program a line)
 """Invalid Metal: name, what comes before the kernel, the kernel's body.
 
-Where Apple's compiler is known to refuse it, from its published diagnostics or the language's specification, nothing
-is said; docs/emulator.md lists what is refused here without that being known.
+Rows rest on the language's specification, on diagnostics of Apple's compiler as others have published them, or on a
+reading of both: no Apple compiler has seen them. docs/emulator.md lists what is refused here although Apple may take it.
 """
 
 from __future__ import annotations
