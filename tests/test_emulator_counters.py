@@ -103,3 +103,12 @@ def test_counters_are_those_counted_by_hand(case: Counted) -> None:
     assert (x.loaded, x.loads, x.unique, x.per_threadgroup) == case.x
     assert (out.stored, out.stores, out.unique, out.per_threadgroup) == case.out
     assert {name: getattr(c, name) for name in case.others} == case.others
+
+
+def test_more_threadgroups_than_the_runtime_has_marks_for() -> None:
+    """It tells them apart by 16 bits, of which it keeps two values and uses the others again."""
+    marks, groups = (1 << 16) - 2, (1 << 16) + 100
+    c = run(f"if (t == 0) out[group] = x[group % {marks}];", groups).counters
+    x, out = c.buffers["x"], c.buffers["out"]
+    assert (x.unique, x.per_threadgroup) == (4 * marks, 4 * groups)
+    assert (out.unique, out.per_threadgroup) == (4 * groups, 4 * groups)

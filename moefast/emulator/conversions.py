@@ -9,7 +9,7 @@ import bisect
 
 from .edits import Edits, one_line
 from .lexer import Source
-from .structure import Structure, is_builtin_type, is_vector
+from .structure import VECTORS, Structure, is_builtin_type, is_vector
 
 _NARROW = {
     "bfloat": "msl_to_bfloat",
@@ -21,7 +21,7 @@ _NO_CALL = ("operator", ".", "->", "~")  # before what is a name here, and no ty
 
 
 class Conversions:
-    """Looks at one token at a time, and edits what begins there."""
+    """Looks at the types of a source, and edits what begins there."""
 
     def __init__(self, source: Source, structure: Structure, edits: Edits) -> None:
         self.source = source
@@ -37,7 +37,15 @@ class Conversions:
         }
         self.dependent = structure.dependent - structure.classes - structure.vector_aliases - functions
 
-    def name(self, i: int, text: str) -> None:
+    def edit(self) -> None:
+        types = {"vec", *VECTORS, *self.structure.vector_aliases, *self.dependent}
+        for i in self.source.at(*types, *_NARROW, "static_cast"):
+            self._name(i, self.tokens[i].text)
+        for i in self.source.at(*types, "metal", "typename"):
+            if self.tokens[i - 1].text == "(":
+                self._bracket(i - 1)
+
+    def _name(self, i: int, text: str) -> None:
         following = self.tokens[i + 1].text
         if text == "vec" and following == "<":
             self._vector_template(i)
@@ -53,7 +61,7 @@ class Conversions:
         elif text == "static_cast":
             self._static_cast(i)
 
-    def bracket(self, i: int) -> None:
+    def _bracket(self, i: int) -> None:
         """``(float4)v`` becomes ``msl_make<float4>(v)``, ``(T)v`` becomes ``msl_convert<T>(v)``."""
         tokens = self.tokens
         make = "msl_make"

@@ -74,8 +74,12 @@ class Declarations:
             name = f"msl_class_{number}"
             self.edits.insert(tokens[body.keyword].end, f" {name}")
         constructs = False
-        for i in range(body.first + 1, body.last):
-            if tokens[i].text == name and tokens[i - 1].text != "~":
+        for i in self.source.within("operator", body.first + 1, body.last):
+            assigns = tokens[i + 1].text == "=" and tokens[i + 2].text == "("
+            if assigns and self._takes_itself(name, i + 2):
+                return
+        for i in self.source.within(name, body.first + 1, body.last):
+            if tokens[i - 1].text != "~":
                 opening = i + 1
                 if tokens[opening].text == "<":  # S<T>(), as some write it
                     opening = self.source.closing(opening) + 1
@@ -84,10 +88,6 @@ class Declarations:
                 constructs = True
                 if self._takes_itself(name, opening):
                     return
-            elif [t.text for t in tokens[i : i + 3]] == ["operator", "=", "("] and self._takes_itself(
-                name, i + 2
-            ):
-                return
         default = "" if constructs else f"{name}() = default; "
         after = "private: " if tokens[body.keyword].text == "class" else ""
         self.edits.insert(
@@ -150,13 +150,10 @@ def threadgroup_variables(source: Source, function: Function) -> list[tuple[int,
     """
     tokens = source.tokens
     found = []
-    at = function.body[0]
-    while at < function.body[1]:
-        if tokens[at].text != "threadgroup" or tokens[at - 1].text not in (";", "{", "}", ")"):
-            at += 1
+    for at in source.within("threadgroup", *function.body):
+        if tokens[at - 1].text not in (";", "{", "}", ")"):
             continue
         if tokens[at - 1].text == ")" and tokens[source.opening(at - 1) - 1].text != "alignas":
-            at += 1
             continue
         end = at
         while tokens[end].text != ";":
@@ -164,7 +161,6 @@ def threadgroup_variables(source: Source, function: Function) -> list[tuple[int,
         name_at = _declared_name(source, at + 1, end)
         if name_at is not None:
             found.append((at, name_at, end))
-        at = end
     return found
 
 

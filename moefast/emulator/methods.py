@@ -53,9 +53,9 @@ class Methods:
         """What is called as ``f(x).name(`` or ``S{x}.member.name(``."""
         tokens = self.tokens
         found: set[str] = set()
-        for i, token in enumerate(tokens[:-3]):
-            if token.text in (")", "}") and tokens[i + 1].text == ".":
-                at = i + 2
+        for point in self.source.at("."):
+            if tokens[point - 1].text in (")", "}"):
+                at = point + 1
                 while tokens[at + 1].text == ".":
                     at += 2
                 if tokens[at + 1].text in ("(", "<"):
@@ -66,8 +66,8 @@ class Methods:
         """What is called in a lambda that captures copies, which have no address space here either."""
         tokens = self.tokens
         found: set[str] = set()
-        for i, token in enumerate(tokens[:-3]):
-            if token.text != "[" or tokens[i + 1].text in ("&", "]", "["):
+        for i in self.source.at("["):
+            if tokens[i + 1].text in ("&", "]", "["):
                 continue
             closing = self.source.closing(i)
             at = closing + 1

@@ -135,9 +135,9 @@ def attributes(source: Source, first: int, end: int) -> list[tuple[str, str, int
     """Name, argument and token of each attribute ``[[name(argument)]]`` among the tokens."""
     tokens = source.tokens
     found = []
-    at = first
-    while at < end - 1:
-        if tokens[at].text == "[" and tokens[at + 1].text == "[":
+    closing = first
+    for at in source.within("[", first, end - 1):
+        if tokens[at + 1].text == "[" and at >= closing:
             closing = source.closing(at)
             inner = at + 2
             while inner < closing - 1:
@@ -153,8 +153,6 @@ def attributes(source: Source, first: int, end: int) -> list[tuple[str, str, int
                 if tokens[inner].text != ",":
                     break
                 inner += 1
-            at = closing
-        at += 1
     return found
 
 

@@ -78,15 +78,15 @@ class _Tokens:
         self.found.append((at, (*self.source.place(at), message)))
 
     def check(self) -> list[Refusal]:
-        for i, token in enumerate(self.tokens):
-            if token.text in ("bfloat", "bfloat16_t"):
-                self._bfloat(i)
-            elif token.text in ("*", "&") and i:
+        for i in self.source.at("bfloat", "bfloat16_t"):
+            self._bfloat(i)
+        for i in self.source.at("*", "&"):
+            if i:
                 self._pointer(i)
-            elif token.text == "(":
-                self._function_pointer(i)
-            elif token.kind == "number" and _is_long_double(token.text):
-                self.refuse(i, "double is not supported in Metal")
+        for i in self.source.at("("):
+            self._function_pointer(i)
+        for i in self.source.at(*filter(_is_long_double, self.source.texts("number"))):
+            self.refuse(i, "double is not supported in Metal")
         for i, message in check_words(self.source, self.structure):
             self.refuse(i, message)
         self._attributes()
@@ -108,11 +108,13 @@ class _Tokens:
 
     def _function_pointer(self, i: int) -> None:
         """``float (*p)(int)`` and ``float (*p[2])()``, but as parameters of templates."""
-        before, star, name, after = self.tokens[i - 1], *self.tokens[i + 1 : i + 4]
+        if self.tokens[i + 1].text != "*":
+            return
+        before, name, after = self.tokens[i - 1], self.tokens[i + 2], self.tokens[i + 3]
         types = before.kind == "name" and (
             is_builtin_type(before.text) or before.text in self.structure.types
         )
-        is_pointer = star.text == "*" and name.kind == "name" and after.text in (")", "[")
+        is_pointer = name.kind == "name" and after.text in (")", "[")
         if types and is_pointer and not self.structure.in_template_parameters(i):
             closing = self.source.closing(i)
             if self.tokens[closing + 1].text == "(":

@@ -36,11 +36,12 @@ _LABEL_LIKE = {"default", "public", "private", "protected"}
 
 def check_words(source: Source, structure: Structure) -> list[tuple[int, str]]:
     """Tokens, and why Metal refuses them."""
-    found = []
-    for i, token in enumerate(source.tokens):
-        if token.kind == "name":
-            found += [(i, message) for message in _refusals(source, structure, i)]
-    return found
+    words = {"delete", "printf", "std", "long", "noexcept", "main", "auto", *structure.class_templates}
+    words |= {*_WORDS, *_FOREIGN, *_FOREIGN_ATTRIBUTES}
+    words |= {text for text in source.texts("name") if text.startswith("__builtin_")}
+    labels = {i - 1 for i in source.at(":") if source.tokens[i - 1].kind == "name"}
+    looked_at = sorted(labels.union(source.at(*words)))
+    return [(i, message) for i in looked_at for message in _refusals(source, structure, i)]
 
 
 def _refusals(source: Source, structure: Structure, i: int) -> list[str]:

@@ -93,8 +93,8 @@ class _Reader:
 
     def _names(self) -> None:
         tokens, found = self.tokens, self.found
-        for i, token in enumerate(tokens[:-2]):
-            text = token.text
+        for i in self.source.at(*_CLASS, "typename", "template", "using", "typedef"):
+            text = tokens[i].text
             if text in _CLASS or text == "typename":
                 at = self._class_name(i) if text != "typename" else i + 1
                 while text in ("typename", "class") and tokens[at].text == ".":
@@ -117,7 +117,7 @@ class _Reader:
                 found.types.add(tokens[i + 1].text)
                 self._alias(tokens[i + 1].text, i + 3)
             elif text == "typedef":
-                end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
+                end = self.source.within(";", i, len(tokens))[0]
                 if tokens[end - 1].kind == "name":
                     found.types.add(tokens[end - 1].text)
                     self._alias(tokens[end - 1].text, i + 1)
@@ -258,11 +258,7 @@ class _Reader:
     def _function(
         self, first: int, parameters: tuple[int, int], body: tuple[int, int], method: bool = False
     ) -> None:
-        kernel = any(
-            self.tokens[i].text == "kernel"
-            for i in range(first, parameters[0])
-            if self.tokens[i].kind == "name"
-        )
+        kernel = bool(self.source.within("kernel", first, parameters[0]))
         self.found.functions.append(Function(first, parameters[0] - 1, parameters, body, kernel, method))
 
     def _declaration(self, first: int, end: int, kind: str) -> None:
@@ -328,20 +324,23 @@ _ELEMENTS = (
     "float",
     "bool",
 )
+VECTORS = {
+    f"{packed}{element}{lanes}" for packed in ("", "packed_") for element in _ELEMENTS for lanes in (2, 3, 4)
+}
 
 
 def is_vector(name: str) -> bool:
     """Whether ``name`` is a vector type of Metal, packed ones included: ``float4``, ``packed_half3``."""
-    name = name.removeprefix("packed_")
-    return name[-1:] in ("2", "3", "4") and name[:-1] in _ELEMENTS
+    return name in VECTORS
 
 
 def is_builtin_type(name: str) -> bool:
-    return name in _BUILTIN or is_vector(name)
+    return name in _BUILTIN
 
 
 _BUILTIN = {
     *_ELEMENTS,
+    *VECTORS,
     *("void", "unsigned", "signed", "size_t", "ptrdiff_t", "uintptr_t", "intptr_t"),
     *(f"{sign}int{bits}_t" for sign in ("", "u") for bits in (8, 16, 32, 64)),
 }

@@ -18,14 +18,12 @@ _COMPONENTS = {letter: i for names in ("xyzw", "rgba") for i, letter in enumerat
 
 def used(source: Source) -> list[str]:
     """The swizzles of a source, in order; a member of that name may be among them."""
-    tokens = source.tokens
-    return sorted(
-        {
-            token.text
-            for i, token in enumerate(tokens)
-            if token.kind == "name" and tokens[i - 1].text in (".", "->") and _SWIZZLE.fullmatch(token.text)
-        }
-    )
+    return sorted(filter(_SWIZZLE.fullmatch, _members(source)))
+
+
+def _members(source: Source) -> set[str]:
+    """What stands after ``.`` or ``->``."""
+    return {source.tokens[i + 1].text for i in source.at(".", "->")}
 
 
 # What the compiler takes for components of its vectors besides, and Metal does not.
@@ -35,13 +33,8 @@ _FOREIGN = re.compile(r"lo|hi|even|odd|[sS][\da-fA-F]+")
 def renamed(source: Source) -> str:
     """Macros that give other names to what would be foreign components, wherever they stand: a member may be
     called `lo`, a component may not."""
-    tokens = source.tokens
-    names = {
-        token.text
-        for i, token in enumerate(tokens)
-        if token.kind == "name" and tokens[i - 1].text in (".", "->") and _FOREIGN.fullmatch(token.text)
-    }
-    return "".join(f"#define {name} msl_name_{name}\n" for name in sorted(names))
+    names = sorted(filter(_FOREIGN.fullmatch, _members(source)))
+    return "".join(f"#define {name} msl_name_{name}\n" for name in names)
 
 
 def classes(swizzles: list[str]) -> str:

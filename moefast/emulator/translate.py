@@ -37,20 +37,21 @@ def translate(source: Source, structure: Structure, constants: Mapping[int | str
     conversions = Conversions(source, structure, edits)
     spaces = Spaces(source, structure, edits)
     tokens = source.tokens
-    for i, token in enumerate(tokens):
-        if token.text == "thread":
-            spaces.thread(i)
-        elif token.text == "constant":
-            spaces.constant(i)
-        elif token.text == "is_function_constant_defined" and tokens[i + 1].text == "(":
+    for i in source.at("thread"):
+        spaces.thread(i)
+    for i in source.at("constant"):
+        spaces.constant(i)
+    for i in source.at("is_function_constant_defined"):
+        if tokens[i + 1].text == "(":
             _is_defined(source, structure, declarations, edits, i)
-        elif token.kind == "name":
-            conversions.name(i, token.text)
-        elif token.text == "(":
-            conversions.bracket(i)
+    conversions.edit()
+    for i in source.at("("):
+        if tokens[i + 1].text == "*":
             _function_parameter(source, structure, edits, i)
-        elif token.kind == "number":
-            _number(token, edits)
+    for number in source.texts("number"):
+        if by := _number(number):
+            for i in source.at(number):
+                edits.replace(tokens[i].start, tokens[i].end, by)
     for pragma in source.pragmas:
         _pragma(pragma, edits)
     before = f'# 1 "{swizzles.FILE}" 3\n{swizzles.classes(swizzles.used(source))}\n'
@@ -70,9 +71,8 @@ def _is_defined(
 
 def _function_parameter(source: Source, structure: Structure, edits: Edits, i: int) -> None:
     """``template <void (*f)(int)>``: the pointer would be one to generic memory; a reference is not."""
-    star, *rest = source.tokens[i + 1 : i + 5]
-    named = star.text == "*" and [t.text for t in rest[1:]] == [")", "("]
-    if named and structure.in_template_parameters(i):
+    star, _, *rest = source.tokens[i + 1 : i + 5]
+    if [token.text for token in rest] == [")", "("] and structure.in_template_parameters(i):
         edits.replace(star.start, star.end, "&")
 
 
@@ -82,12 +82,12 @@ _FLOAT = re.compile(
 )
 
 
-def _number(number: Token, edits: Edits) -> None:
-    """``1.0bf`` is a bfloat; ``1.0`` a float, also in a template, where the compiler would forget that."""
-    if number.text.endswith(("bf", "BF")) and "x" not in number.text:
-        edits.replace(number.start, number.end, f"((bfloat){number.text[:-2]}f)")
-    elif _FLOAT.fullmatch(number.text):
-        edits.insert(number.end, "f")
+def _number(number: str) -> str:
+    """``1.0bf`` is a bfloat; ``1.0`` a float, also in a template, where the compiler would forget that.
+    Nothing for a number that stays as it is."""
+    if number.endswith(("bf", "BF")) and "x" not in number:
+        return f"((bfloat){number[:-2]}f)"
+    return f"{number}f" if _FLOAT.fullmatch(number) else ""
 
 
 def _pragma(pragma: Token, edits: Edits) -> None:

@@ -105,9 +105,8 @@ struct msl_signature<void(P...)> {
 };
 template <typename F, int I>
 struct msl_type_of;
-template <typename First, typename... P, int I>
-struct msl_type_of<void(First, P...), I> : msl_type_of<void(P...), I - 1> {};
-template <typename First, typename... P>
-struct msl_type_of<void(First, P...), 0> {
-  typedef First type;
+template <typename... P, int I>
+struct msl_type_of<void(P...), I> {
+  // The compiler's own look-up: a class for each step to a kernel's twentieth parameter takes long.
+  typedef __type_pack_element<I, P...> type;
 };

@@ -14,6 +14,7 @@ namespace emulator {
 Check check;
 
 constexpr uint64_t kSinkBytes = 1 << 20;
+constexpr uint16_t kEarlier = 1;  // the mark of threadgroups whose own mark is used again
 // Threadgroup variables lie this far apart, so that an access beyond one does not hit the next.
 constexpr uint32_t kVariableSlot = 1 << 17;
 
@@ -29,13 +30,14 @@ bool Check::open(uint32_t count) {
   threadgroup_shadow = (Shadow*)map(kThreadgroupMapping * sizeof(Shadow));
   worker = make_worker();
   filled = -1;
+  mark = kEarlier;
   return arena && sink && threadgroup_shadow && worker;
 }
 
 void Check::bind(uint32_t slot, uint64_t bytes, int32_t index, bool writable, bool initialised) {
   Buffer& b = buffers[slot];
   b = {place(slot), bytes, nullptr, nullptr, writable, initialised, index, {}};
-  b.touched = (uint32_t*)map((bytes + 16) * sizeof(uint32_t));
+  b.touched = (uint16_t*)map((bytes + 16) * sizeof(uint16_t));
   if (writable)
     b.shadow = (Shadow*)map((bytes + 16) * sizeof(Shadow));
 }
@@ -113,24 +115,52 @@ void Check::count(Buffer& b, uint64_t offset, uint64_t bytes, Access kind) {
   touch(b, offset, bytes);
 }
 
-// Bytes that this threadgroup has touched before are the common case, and told by comparing two at
-// a time.
 void Check::touch(Buffer& b, uint64_t offset, uint64_t bytes) {
-  uint32_t* touched = b.touched + offset;
-  uint64_t known = (uint64_t)group_number << 32 | group_number, pair;
-  uint64_t i = 0;
-  for (; i + 1 < bytes; i += 2) {
-    memcpy(&pair, touched + i, sizeof pair);
-    if (pair != known)
-      break;
-  }
-  for (; i < bytes; i++) {
-    if (touched[i] == group_number)
+  uint16_t* touched = b.touched + offset;
+  for (uint64_t i = 0; i < bytes; i++) {
+    if (touched[i] == mark)
       continue;
     b.counts.touched += touched[i] == 0;
     b.counts.distinct++;
-    touched[i] = group_number;
+    touched[i] = mark;
   }
+}
+
+// Bytes that this threadgroup has touched before are the common case, and told by comparing four at
+// a time.
+template <uint64_t bytes>
+bool Check::is_touched(const uint16_t* touched) const {
+  uint64_t known = mark * 0x0001000100010001ull, found = 0, differs = 0;
+  for (uint64_t i = 0; i < bytes; i += 4) {
+    constexpr uint64_t some = bytes < 4 ? bytes : 4;
+    memcpy(&found, touched + i, some * sizeof *touched);
+    differs |= (found ^ known) << (64 - 16 * some);
+  }
+  return !differs;
+}
+
+template <uint64_t bytes>
+void* Check::read(Space space, void* pointer, uint32_t alignment, uint32_t site) {
+  auto* p = (uint8_t*)pointer;
+  uint64_t slot = (uint64_t)(p - arena) / kSlotBytes;
+  if (slot < buffer_count && !((uint64_t)p & (alignment - 1))) {
+    Buffer& b = buffers[slot];
+    uint64_t offset = (uint64_t)(p - b.start);  // large where it lies before the buffer
+    if (!b.shadow && offset < b.bytes && b.bytes - offset >= bytes) {
+      b.counts.loads++, b.counts.loaded += bytes;
+      if (!is_touched<bytes>(b.touched + offset))
+        touch(b, offset, bytes);
+      return p;
+    }
+  }
+  return access(space, p, bytes, alignment, site, kRead);
+}
+
+void Check::age_marks() {
+  for (uint32_t slot = 0; slot < buffer_count; slot++)
+    for (uint64_t i = 0; i < buffers[slot].bytes; i++)
+      buffers[slot].touched[i] = buffers[slot].touched[i] ? kEarlier : 0;
+  mark = kEarlier;
 }
 
 void* Check::threadgroup(
@@ -184,6 +214,9 @@ void Check::threadgroup_starts(Worker& w) {
   group_times[group_number] = now;
   memcpy(groups[group_number], w.group, sizeof *groups);
   group_number++;
+  if (mark == UINT16_MAX)
+    age_marks();
+  mark++;
   barrier_time[0] = barrier_time[1] = now;
   for (uint32_t i = 0; i < kLanes; i++)
     simd_time[0][i] = simd_time[1][i] = now;
@@ -251,6 +284,10 @@ MSL_EXPORT void msl_check_round(uint64_t round) {
   MSL_EXPORT void* msl_check_##space##_##kind##_##n(void* p, uint32_t alignment, uint32_t site) { \
     return check.access(Space, p, n, alignment, site, Kind);                                      \
   }
+#define CHECK_READ(space, Space, n)                                                           \
+  MSL_EXPORT void* msl_check_##space##_load_##n(void* p, uint32_t alignment, uint32_t site) { \
+    return check.read<n>(Space, p, alignment, site);                                          \
+  }
 // What is stored comes along: two writes of the same value are a race of another kind.
 #define CHECK_STORE(space, Space, n, Bits)                                                \
   MSL_EXPORT void* msl_check_##space##_store_##n(void* p, Bits value, uint32_t alignment, \
@@ -305,7 +342,12 @@ MSL_EXPORT void msl_check_round(uint64_t round) {
   CHECK_SIZE(space, Space, kind, Kind, 16)   \
   CHECK_ANY(space, Space, kind, Kind)
 #define CHECK_SPACE(space, Space)                    \
-  CHECK_KIND(space, Space, load, kRead)              \
+  CHECK_READ(space, Space, 1)                        \
+  CHECK_READ(space, Space, 2)                        \
+  CHECK_READ(space, Space, 4)                        \
+  CHECK_READ(space, Space, 8)                        \
+  CHECK_READ(space, Space, 16)                       \
+  CHECK_ANY(space, Space, load, kRead)               \
   CHECK_STORE(space, Space, 1, uint8_t)              \
   CHECK_STORE(space, Space, 2, uint16_t)             \
   CHECK_STORE(space, Space, 4, uint32_t)             \

@@ -60,7 +60,7 @@ struct Buffer {
   uint8_t* start;
   uint64_t bytes;
   Shadow* shadow;     // null for what the kernel cannot write
-  uint32_t* touched;  // per byte, the threadgroup that touched it last
+  uint16_t* touched;  // per byte, the mark of the threadgroup that touched it last; 0: none did
   bool writable, initialised;
   int32_t index;
   BufferCounts counts;
@@ -93,6 +93,7 @@ struct Check : Listener {
   uint64_t constant_count;
 
   uint32_t now, group_start, group_number;
+  uint16_t mark;                  // of the present threadgroup; marks are few, and used again
   uint32_t barrier_time[2];       // by Memory: when all threads last met
   uint32_t simd_time[2][kLanes];  // and those of each simdgroup
   uint32_t* group_times;          // when each threadgroup started
@@ -113,6 +114,9 @@ struct Check : Listener {
   void bind(uint32_t slot, uint64_t bytes, int32_t index, bool writable, bool initialised);
 
   void* access(Space, void* p, uint64_t bytes, uint32_t alignment, uint32_t site, Access);
+  // `access` that reads, and in most cases finds nothing to do but to count.
+  template <uint64_t bytes>
+  void* read(Space, void* p, uint32_t alignment, uint32_t site);
   Finding& report(Kind, uint32_t site, const Fiber*);
 
   void threadgroup_starts(Worker&) override;
@@ -128,7 +132,10 @@ struct Check : Listener {
   void* device(uint8_t* p, uint64_t bytes, uint32_t alignment, uint32_t site, Access);
   void* threadgroup(uint8_t* p, uint64_t bytes, uint32_t alignment, uint32_t site, Access);
   void* elsewhere(uint8_t* p, uint64_t bytes, uint32_t site, Access, Space);
+  template <uint64_t bytes>
+  bool is_touched(const uint16_t* touched) const;
   void touch(Buffer&, uint64_t offset, uint64_t bytes);
+  void age_marks();
   void count(Buffer&, uint64_t offset, uint64_t bytes, Access);
   // Records an access in the shadow of its bytes; reports what it races with.
   void follow(Shadow*,

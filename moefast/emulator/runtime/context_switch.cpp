@@ -13,7 +13,9 @@ asm(".text\n.globl " SYMBOL "\n" SYMBOL
     ":\n"
     "  pushq %rbp\n  pushq %rbx\n  pushq %r12\n  pushq %r13\n  pushq %r14\n  pushq %r15\n"
     "  movq %rsp, (%rdi)\n  movq %rsi, %rsp\n"
-    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n  ret\n");
+    "  popq %r15\n  popq %r14\n  popq %r13\n  popq %r12\n  popq %rbx\n  popq %rbp\n"
+    // `ret` would always be mispredicted: the processor expects the stack it left.
+    "  popq %rcx\n  jmp *%rcx\n");
 #elif defined(__aarch64__)
 asm(".text\n.globl " SYMBOL "\n.p2align 2\n" SYMBOL
     ":\n"
@@ -27,7 +29,7 @@ asm(".text\n.globl " SYMBOL "\n.p2align 2\n" SYMBOL
     "  ldp x25, x26, [sp, #48]\n  ldp x27, x28, [sp, #64]\n  ldp x29, x30, [sp, #80]\n"
     "  ldp d8, d9, [sp, #96]\n  ldp d10, d11, [sp, #112]\n"
     "  ldp d12, d13, [sp, #128]\n  ldp d14, d15, [sp, #144]\n"
-    "  add sp, sp, #160\n  ret\n");
+    "  add sp, sp, #160\n  br x30\n");  // as above
 #else
 #error "the emulator runs on x86-64 and arm64"
 #endif
@@ -38,7 +40,7 @@ void* prepared_stack(void* top, void (*run)()) {
   auto* stack = (uintptr_t*)((uintptr_t)top & ~(uintptr_t)15);
 #if defined(__x86_64__)
   *--stack = 0;               // no return address: aligned as after a call
-  *--stack = (uintptr_t)run;  // what `ret` pops
+  *--stack = (uintptr_t)run;  // where it goes
   for (int i = 0; i < 6; i++)
     *--stack = 0;
 #else

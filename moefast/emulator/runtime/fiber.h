@@ -1,4 +1,4 @@
-// One GPU thread: a stack of its own, at whose lowest address lies this record, with a page nobody
+// One GPU thread: a stack of its own, in whose lowest page lies this record, with a page nobody
 // may touch in between. Code that runs on the stack finds the record from the stack pointer, with
 // no thread-local storage.
 #pragma once
@@ -31,8 +31,21 @@ struct Fiber {
 
 constexpr uint32_t kBarrierOperation = 100;
 
+// Stacks lie a power of two apart. Were all records at their start and all frames at their end, the
+// lanes of a simdgroup would share a few sets of the cache, and push each other out of it.
+constexpr uintptr_t kColours = 32, kRecordStep = 64, kFrameStep = 128;
+inline uintptr_t colour(uintptr_t stack) {
+  return stack / kStackBytes % kColours;
+}
+inline Fiber* fiber_of(uintptr_t stack) {
+  return (Fiber*)(stack + colour(stack) * kRecordStep);
+}
+inline uint8_t* top_of(uintptr_t stack) {
+  return (uint8_t*)(stack + kStackBytes - colour(stack) * kFrameStep);
+}
+
 inline Fiber* current_fiber() {
-  return (Fiber*)((uintptr_t)__builtin_frame_address(0) & ~(uintptr_t)(kStackBytes - 1));
+  return fiber_of((uintptr_t)__builtin_frame_address(0) & ~(uintptr_t)(kStackBytes - 1));
 }
 
 }  // namespace emulator

@@ -72,18 +72,23 @@ static void run_simdgroup(Worker& worker, uint32_t simdgroup) {
         return;
     }
     Fiber *first = nullptr, *other = nullptr;
-    uint32_t live = 0, mask = 0, together = 0;
+    uint32_t live = 0, alike = 0;
     for (uint32_t lane = 0; lane < lanes; lane++) {
       Fiber& f = fiber(worker, from + lane);
       if (f.state == State::kReturned)
         continue;
       live |= 1u << lane;
       if (f.state == State::kAtSimd && (!first || f.pc < first->pc))
-        first = &f;
+        first = &f, alike = 0;
+      if (f.state == State::kAtSimd && f.pc == first->pc && f.operation == first->operation &&
+          f.round == first->round)
+        alike |= 1u << lane;
     }
     if (!first)
       return;
-    for (uint32_t lane = 0; lane < lanes; lane++) {
+    uint32_t mask = alike, together = alike;
+    // Mostly all are at the same place.
+    for (uint32_t lane = 0; lane < lanes && alike != live; lane++) {
       Fiber& f = fiber(worker, from + lane);
       bool here = f.state == State::kAtSimd && f.pc == first->pc && f.operation == first->operation;
       if (here)

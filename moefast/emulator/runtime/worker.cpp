@@ -65,14 +65,10 @@ void release_worker(Worker* worker) {
   __atomic_clear(&idle_lock, __ATOMIC_RELEASE);
 }
 
-Fiber& fiber(Worker& worker, uint32_t thread) {
-  return *(Fiber*)(worker.stacks + thread * kStackBytes);
-}
-
 // With pages too large for it there is no guard.
 static uintptr_t guard_bytes() {
   auto page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  return 4 * page <= kStackBytes && sizeof(Fiber) <= page ? page : 0;
+  return 4 * page <= kStackBytes && sizeof(Fiber) + kColours * kRecordStep <= page ? page : 0;
 }
 
 // Stacks are guarded when they are first used: each guard is a mapping more, of which a process may
@@ -228,8 +224,8 @@ bool run_threadgroup(Worker& worker, uint32_t x, uint32_t y, uint32_t z) {
     f.caller = f.coming_round = 0;
     f.context = common;
     fill_own(worker, i, f.context);
-    f.stack =
-        prepared_stack((uint8_t*)&f + kStackBytes, launch.meets ? run_fiber : run_fibers_in_turn);
+    f.stack = prepared_stack(top_of((uintptr_t)worker.stacks + i * kStackBytes),
+                             launch.meets ? run_fiber : run_fibers_in_turn);
   }
   if (!launch.meets) {
     resume(worker, fiber(worker, 0));

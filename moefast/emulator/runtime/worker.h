@@ -62,7 +62,9 @@ void release_worker(Worker*);
 void begin_launch(Worker&, const Launch&, Listener*, Outcome*);
 // Runs one threadgroup; false if the launch cannot go on (outcome says why).
 bool run_threadgroup(Worker&, uint32_t x, uint32_t y, uint32_t z);
-Fiber& fiber(Worker&, uint32_t thread);
+inline Fiber& fiber(Worker& worker, uint32_t thread) {
+  return *fiber_of((uintptr_t)worker.stacks + thread * kStackBytes);
+}
 // Writes down a fault of the running fiber; called from a signal handler.
 void tell_fault(const Worker&, int signal, void* address, Outcome&);
 // Leaves the running fiber for good.
