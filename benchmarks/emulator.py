@@ -54,11 +54,12 @@ def main() -> int:
 
     def build() -> None:
         # A new name is a new kernel to the cache.
-        emulator.compile(
+        made = emulator.compile(
             f"// {uuid.uuid4()}\n" + case.source(),
             "k",
             include_dirs=[emulator.mlx_include_dir()],
         )
+        assert made.entry  # what run mode calls: compiled, linked and loaded
 
     def find() -> None:
         case.kernel()

@@ -4,8 +4,10 @@ compiler that is missing or too old."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,6 +86,22 @@ def test_processes_that_build_the_same_kernel_at_once(tmp_path: Path) -> None:
         assert process.communicate()[1] == b""
         assert process.returncode == 0
     assert not list(tmp_path.glob(".*"))  # nothing half made is left
+
+
+def test_several_that_repair_the_same_entry_at_once() -> None:
+    """Each may take away what is broken just when another wants to."""
+
+    def make(folder: Path) -> None:
+        (folder / "made").write_text("whole")
+
+    name = f"repaired-{os.urandom(8).hex()}"
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(50):
+            place = cache.entry(name, make)
+            damage(place / "made", "gone")
+            for repaired in threads.map(lambda _: cache.entry(name, make), range(8)):
+                assert (repaired / "made").read_text() == "whole"
+    shutil.rmtree(place)
 
 
 def test_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:

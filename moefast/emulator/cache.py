@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def entry(name: str, make: Callable[[Path], None]) -> Path:
 
 
 _SIZES = "sizes.json"
+_ATTEMPTS = 10
 
 
 def seal(folder: Path) -> None:
@@ -95,15 +97,20 @@ def is_whole(folder: Path) -> bool:
 
 
 def _install(made: Path, place: Path) -> None:
-    try:
-        made.rename(place)
-    except OSError:
-        if is_whole(place):
-            return  # another process was faster
+    """Puts ``made`` where nothing, or something broken, is: as other processes may be doing, too."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            made.rename(place)
+            return
+        except OSError:
+            if is_whole(place):
+                return  # another process was faster
+            if attempt == _ATTEMPTS - 1:
+                raise
         broken = tempfile.mkdtemp(prefix=".broken-", dir=place.parent)
-        place.rename(Path(broken) / place.name)
+        with suppress(FileNotFoundError):
+            place.rename(Path(broken) / place.name)
         shutil.rmtree(broken, ignore_errors=True)
-        made.rename(place)
 
 
 def stamps(files: Iterable[str]) -> list[list[Any]]:

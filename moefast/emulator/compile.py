@@ -16,7 +16,7 @@ from .inlining import can_meet
 from .instrument import instrument
 from .ir import Module, Site
 from .pipeline import Unit
-from .reflect import Parameter, Signature, with_types
+from .reflect import Parameter, Signature, table_of_types, with_types
 
 
 class Kernel:
@@ -134,16 +134,8 @@ def compile(
 
 
 def _store(folder: Path, unit: Unit) -> None:
-    # The entry of Kernel.run_library, which is needed now: the compiler's table of types is in it.
-    run = folder / "run"
-    run.mkdir()
-    pipeline.library(unit.ir, run / "run.so", ["-O2"])
-    cache.seal(run)
-    runtime.library()  # defines what the kernel calls
-    loaded = ctypes.CDLL(str(run / "run.so"), mode=ctypes.RTLD_LOCAL)
-    count = 4 * len(unit.signature.parameters)
-    table = list((ctypes.c_uint32 * count).in_dll(loaded, "msl_parameters")) if count else []
-    store(folder, unit.ir, with_types(unit.signature, table), [], unit.variables)
+    signature = with_types(unit.signature, table_of_types(unit.ir))
+    store(folder, unit.ir, signature, [], unit.variables)
 
 
 def store(

@@ -3,6 +3,7 @@ the compiler."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -187,6 +188,17 @@ def _numbered(parameters: list[Parameter]) -> tuple[Parameter, ...]:
     return tuple(
         replace(p, index=next(free)) if p.kind == "buffer" and p.index < 0 else p for p in parameters
     )
+
+
+_TABLE = re.compile(r"^@msl_parameters = .*\[\d+ x i32\] (?:\[(.+?)\]|zeroinitializer)", re.MULTILINE)
+
+
+def table_of_types(ir: str) -> list[int]:
+    """What :func:`entry` made the compiler write down: it is a constant of the IR already."""
+    found = _TABLE.search(ir)
+    if found is None:
+        raise RuntimeError("[emulator] the compiler's table of types is not where it was.")
+    return [int(number) for number in re.findall(r"i32 (-?\d+)", found[1] or "")]
 
 
 def with_types(signature: Signature, table: list[int]) -> Signature:
