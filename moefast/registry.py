@@ -121,11 +121,17 @@ class BoundKernel(Kernel):
 
 @dataclass(frozen=True)
 class Backend:
-    """A named table of kernels. ``probe`` says why the backend cannot run here, or None; asked once."""
+    """A named table of kernels.
+
+    Attributes:
+        probe: says why the backend cannot run here, or None; asked once.
+        opt_in: ``"auto"`` never chooses it.
+    """
 
     name: str
     kernels: Mapping[str, Kernel]
     probe: Callable[[], str | None] = field(default=lambda: None)
+    opt_in: bool = False
 
     @cached_property
     def unavailable(self) -> str | None:
@@ -199,7 +205,7 @@ class Registry:
         before it refused. Remembers nothing: asking is not a call."""
         refused: dict[str, str] = {}
         for candidate in self.backends:
-            if backend not in ("auto", candidate.name):
+            if candidate.opt_in if backend == "auto" else backend != candidate.name:
                 continue
             reason = candidate.why_not(problem)
             if reason is None:
@@ -232,7 +238,9 @@ class Registry:
             except Declined as declined:
                 reason = str(declined)
             for other in self.backends:
-                if backend == "auto" and other.name != name and other.why_not(problem) is None:
+                if backend != "auto" or other.opt_in or other.name == name:
+                    continue
+                if other.why_not(problem) is None:
                     log.info(
                         "%s (%s): %s, %s declined: %s", problem.op, problem.phase, other.name, name, reason
                     )

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from moefast.backends import registry
-from moefast.backends.metal import METAL, launch
+from moefast.backends.metal import METAL, METAL_FAST, launch
 from moefast.env import settings
 
 needs_emulator = pytest.mark.skipif(
@@ -19,12 +19,14 @@ needs_emulator = pytest.mark.skipif(
 
 @contextmanager
 def emulated(*, check: bool = True, seed: int | None = 0) -> Iterator[list[launch.Launch]]:
-    """Within the block ``backend="metal"`` runs in the emulator; gives every launch, with its counters.
+    """Within the block ``metal`` and ``metal-fast`` run in the emulator; gives every launch, with its
+    counters.
 
     With ``check`` any finding raises ``EmulatorError``; threads run in an order drawn from ``seed``.
     """
     former = METAL.unavailable
-    METAL.__dict__["unavailable"] = None
+    for backend in (METAL, METAL_FAST):
+        backend.__dict__["unavailable"] = None
     try:
         with (
             launch.emulation("check" if check else "run", seed if check else None),
@@ -32,7 +34,8 @@ def emulated(*, check: bool = True, seed: int | None = 0) -> Iterator[list[launc
         ):
             yield made
     finally:
-        METAL.__dict__["unavailable"] = former
+        for backend in (METAL, METAL_FAST):
+            backend.__dict__["unavailable"] = former
         for key, choice in list(registry._choices.items()):
-            if choice.backend == "metal":
+            if choice.backend.startswith("metal"):
                 del registry._choices[key]

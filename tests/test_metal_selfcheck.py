@@ -44,7 +44,7 @@ def test_the_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.failed == {}
     assert {made.name for made in launches} >= {"route", "gate_up", "down_combine", "plan", "combine"}
     assert {c.part for c in report.comparisons} == set(verdicts.PARTS)
-    assert report.verdict()["checked"] == 4 + 3 * 2 * 2
+    assert report.verdict()["checked"] == 4 + 5 * 2 * 2
 
 
 def test_a_kernel_that_does_not_compile_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_a_kernel_that_does_not_compile_fails_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(metal.band, "gate_up", refuse)
     with emulated(check=False):
         report = selfcheck.check()
-    assert set(report.failed) == {"band"}
+    assert set(report.failed) == {"band", "band-fast"}
     assert "Unable to build metal library" in report.failed["band"]
 
 
@@ -66,7 +66,7 @@ def test_a_kernel_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metal.decode, "down_combine", lambda *args, **kw: 1.05 * right(*args, **kw))
     with emulated(check=False):
         report = selfcheck.check()
-    assert set(report.failed) == {"decode"}
+    assert set(report.failed) == {"decode", "decode-fast"}
     assert "exceeds" in report.failed["decode"]
 
 
@@ -94,6 +94,8 @@ def test_a_verdict_disables_the_part_it_is_about(kept: Path) -> None:
         return refusals._verdict(Problem(op, "gpu", mx.float32, phase, (ROUTER, None, None)))
 
     assert why_not("experts", "decode") == why_not("moe", "decode") == reason
+    fast = Problem("experts", "gpu", mx.float32, "decode", (ROUTER, None, None))
+    assert refusals._verdict(fast, "fast") is None
     assert why_not("experts", "band") is why_not("moe", "prefill") is why_not("route", "decode") is None
     with emulated():
         assert why_not("experts", "decode") is None
@@ -118,7 +120,7 @@ def test_verdicts_are_of_one_release(kept: Path, monkeypatch: pytest.MonkeyPatch
 def test_nothing_runs_unchecked(kept: Path) -> None:
     assert "run `moefast doctor` once" in (verdicts.reason_against("decode") or "")
     verdicts.store({"failed": {}})
-    assert [verdicts.reason_against(part) for part in verdicts.PARTS] == [None] * 4
+    assert [verdicts.reason_against(part) for part in verdicts.PARTS] == [None] * len(verdicts.PARTS)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", "{}"])

@@ -118,6 +118,20 @@ def test_a_missing_kernel_is_a_reason() -> None:
         make(Fake("fast")).choose(problem("moe"), "fast")
 
 
+def test_auto_never_chooses_what_is_opt_in() -> None:
+    def declining(*_: Any) -> Any:
+        raise Declined("no")
+
+    first = Backend("first", {"route": Kernel(declining, may_decline=True)})
+    eager = Backend("eager", {"route": Kernel(lambda: "eager")}, opt_in=True)
+    registry = Registry((eager, first, Fake("last").backend))
+    registry.set_default("auto")
+    choice = registry.choose(problem())
+    assert (choice.backend, choice.refused) == ("first", {})
+    assert choice.run() == "last"  # instead of what declined
+    assert registry.choose(problem(), "eager").run() == "eager"
+
+
 def test_auto_raises_all_reasons_when_nothing_can() -> None:
     registry = make(Fake("a", refusal="too many experts"), Fake("b", unavailable="no device"))
     with pytest.raises(ValueError, match=r"\[route\] .*too many experts.*no device"):

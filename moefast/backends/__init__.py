@@ -7,15 +7,16 @@ from contextvars import Token
 from types import TracebackType
 
 from ..registry import Registry
-from .metal import METAL
+from .metal import METAL, METAL_FAST
 from .native import NATIVE
 from .reference import REFERENCE
 
-registry = Registry((METAL, NATIVE, REFERENCE))
+registry = Registry((METAL, METAL_FAST, NATIVE, REFERENCE))
 
 
 def backends() -> Mapping[str, str | None]:
-    """Every backend, fastest first: name -> None where it can run here, else the reason it cannot."""
+    """Every backend, in the order in which ``"auto"`` asks: name -> None where it can run here, else the
+    reason it cannot. ``metal-fast`` must be asked for by name."""
     return {b.name: b.unavailable for b in registry.backends}
 
 

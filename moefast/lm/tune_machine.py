@@ -32,6 +32,7 @@ _THREADS_GAIN = 1.05
 # Of the metal backend's thresholds, one after the other: what is tried, and at how many tokens it matters.
 _TRIED: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {
     "merged": ((False, True), (1,)),
+    "rows": ((4, 2, 1), (1,)),
     "band": ((2, 3, 5), (2, 4)),
     "tiles": ((8, 16, 32), (16, 48, 127)),
     "by_mlx": ((None, 16, 32, 64), (256, 1024)),

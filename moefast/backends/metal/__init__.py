@@ -4,6 +4,10 @@ Where there is no such GPU, ``MOEFAST_METAL=emulate`` runs the same sources in :
 eagerly: to test and to debug them, not to be fast. What MLX's own Metal kernels do well (dense products,
 attention, norms), they do here, too: those are the reference's functions.
 
+Two backends are made of them. ``metal`` adds up as MLX's own kernels do, and gives their bits where they say
+so. ``metal-fast`` adds up in the order that reads least, within the bound of :mod:`moefast.testing`;
+``"auto"`` never chooses it.
+
 ==================  ================================================================
 :mod:`.block`       the operations, out of these parts:
 :mod:`.route`       logits to experts and weights
@@ -27,6 +31,7 @@ attention, norms), they do here, too: those are the reference's functions.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from ...registry import Backend, BoundKernel, Kernel
@@ -35,19 +40,24 @@ from . import products, verdicts
 from .block import bind
 from .device import probe
 from .launch import emulated
+from .matvec import Fidelity
 from .refusals import elsewhere, why_not
 
 OPERATIONS = ("route", "switch_glu", "experts", "moe")
 
-METAL = Backend(
-    name="metal",
-    kernels={
+
+def _backend(name: str, fidelity: Fidelity, *, opt_in: bool) -> Backend:
+    own = BoundKernel(partial(bind, fidelity=fidelity), partial(why_not, fidelity=fidelity), may_decline=True)
+    kernels = {
         **{op: Kernel(kernel.run, elsewhere) for op, kernel in REFERENCE.kernels.items()},
         "quantized_matmul": BoundKernel(products.bind, elsewhere),
-        **{op: BoundKernel(bind, why_not, may_decline=True) for op in OPERATIONS},
-    },
-    probe=probe,
-)
+        **dict.fromkeys(OPERATIONS, own),
+    }
+    return Backend(name, kernels, probe, opt_in)
+
+
+METAL = _backend("metal", "exact", opt_in=False)
+METAL_FAST = _backend("metal-fast", "fast", opt_in=True)
 
 
 def describe() -> dict[str, Any]:
@@ -63,4 +73,4 @@ def describe() -> dict[str, Any]:
     return verdict
 
 
-__all__ = ["METAL", "describe"]
+__all__ = ["METAL", "METAL_FAST", "describe"]

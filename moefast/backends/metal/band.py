@@ -17,7 +17,7 @@ from ...weights import ExpertLayout, ExpertWeights
 from .activations import functor
 from .combine import combine
 from .launch import Function
-from .matvec import LANE, ROUTE, ROWS, Launcher, Operands, cover, launcher, reader, unsigned
+from .matvec import LANE, ROUTE, ROWS, Fidelity, Launcher, Operands, cover, launcher, reader, unsigned
 
 # kernels/band.h: a threadgroup keeps a list of up to so many routes.
 MAX_TOKENS = 128
@@ -35,7 +35,7 @@ _ROUTES = "uint(indices_shape[0]) * TOP_K"
 _PLACE = f"threadgroup_position_in_grid.y, {ROUTE}, {{simdgroup_index_in_threadgroup, uint({LANE})}}"
 
 
-def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array, fidelity: Fidelity = "exact") -> mx.array:
     """The inner activations of every route, ``activation(gate(x), up(x))``, in one launch.
 
     Args:
@@ -49,7 +49,7 @@ def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
     Raises:
         ValueError: more tokens than ``MAX_TOKENS``, or a larger top_k than ``MAX_TOP_K``.
     """
-    return _launch(_gate_up, x, weights, indices)
+    return _launch(_gate_up, x, weights, indices, fidelity)
 
 
 Read = Callable[[Any], Sequence[mx.array]]
@@ -57,9 +57,9 @@ Bound = tuple[Launcher, Read, int]
 
 
 @lru_cache(maxsize=256)
-def _gate_up(layout: ExpertLayout, height: int, top_k: int, dtype: mx.Dtype) -> Bound:
+def _gate_up(layout: ExpertLayout, height: int, top_k: int, dtype: mx.Dtype, fidelity: Fidelity) -> Bound:
     layouts = {"gate": layout.gate, "up": layout.up}
-    operands = Operands(**layouts)
+    operands = Operands(fidelity, **layouts)
     rows = ROWS if layout.gate is None else ROWS // 2  # of each matrix
     function = Function(
         name="band_gate_up",
@@ -79,7 +79,9 @@ def _gate_up(layout: ExpertLayout, height: int, top_k: int, dtype: mx.Dtype) -> 
     return launch, reader(layouts), layout.width
 
 
-def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+def down(
+    inner: mx.array, weights: ExpertWeights, indices: mx.array, fidelity: Fidelity = "exact"
+) -> mx.array:
     """Every route's output, in one launch.
 
     Args:
@@ -93,13 +95,13 @@ def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array
     Raises:
         ValueError: see :func:`gate_up`.
     """
-    return _launch(_down, inner, weights, indices)
+    return _launch(_down, inner, weights, indices, fidelity)
 
 
 @lru_cache(maxsize=256)
-def _down(layout: ExpertLayout, height: int, top_k: int, dtype: mx.Dtype) -> Bound:
+def _down(layout: ExpertLayout, height: int, top_k: int, dtype: mx.Dtype, fidelity: Fidelity) -> Bound:
     layouts = {"down": layout.down}
-    operands = Operands(**layouts)
+    operands = Operands(fidelity, **layouts)
     function = Function(
         name="band_down",
         file="band.metal",
@@ -122,16 +124,17 @@ def _numbers(layout: ExpertLayout, height: int, top_k: int) -> dict[str, int]:
 
 
 def _launch(
-    bind: Callable[[ExpertLayout, int, int, mx.Dtype], Bound],
+    bind: Callable[[ExpertLayout, int, int, mx.Dtype, Fidelity], Bound],
     x: mx.array,
     weights: ExpertWeights,
     indices: mx.array,
+    fidelity: Fidelity,
 ) -> mx.array:
     tokens, top_k = indices.shape
     if tokens > MAX_TOKENS or top_k > MAX_TOP_K:
         refuse("metal band", f"takes {MAX_TOKENS} tokens of {MAX_TOP_K} experts", (tokens, top_k))
     layout, dtype = weights.layout, x.dtype
-    launch, read, rows = bind(layout, _height(tokens), top_k, dtype)
+    launch, read, rows = bind(layout, _height(tokens), top_k, dtype, fidelity)
     shape = (tokens, top_k, rows)
     routes = tokens * top_k
     if not routes:
@@ -146,7 +149,9 @@ def _height(tokens: int) -> int:
     return 2 if tokens <= 2 else 4 if tokens <= 4 else _TALLEST
 
 
-def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+def switch_glu(
+    x: mx.array, weights: ExpertWeights, indices: mx.array, fidelity: Fidelity = "exact"
+) -> mx.array:
     """Every route's expert output, uncombined, in two launches.
 
     Args:
@@ -161,7 +166,7 @@ def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.arr
         ValueError: see :func:`gate_up`.
     """
     indices = unsigned(indices)
-    return down(gate_up(x, weights, indices), weights, indices)
+    return down(gate_up(x, weights, indices, fidelity), weights, indices, fidelity)
 
 
 def experts(
@@ -175,6 +180,7 @@ def experts(
     scale: float = 1.0,
     shared: mx.array | None = None,
     shared_gate: mx.array | None = None,
+    fidelity: Fidelity = "exact",
 ) -> mx.array:
     """The weighted sum of each token's experts, and what a block adds to it, in three launches.
 
@@ -192,7 +198,7 @@ def experts(
     """
     indices = unsigned(indices)
     return combine(
-        switch_glu(x, weights, indices),
+        switch_glu(x, weights, indices, fidelity),
         route_weights,
         combine_dtype,
         identity=(x, indices, weights.layout.num_experts) if identity else None,

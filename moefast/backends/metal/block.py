@@ -15,6 +15,7 @@ MLX's own dense products otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -31,15 +32,16 @@ from ..reference.matmul import dense
 from . import band, decode, one_token, prefill, route
 from .combine import combine
 from .contiguous import check_contiguous
-from .dispatch import kernels_for
+from .dispatch import kernels_for, thresholds
+from .matvec import Fidelity, Variant
 from .of_layers import of_layers
 
 
-def bind(problem: Problem) -> Bound:
+def bind(problem: Problem, fidelity: Fidelity = "exact") -> Bound:
     """What runs ``problem``: the kernels, with the reference's derivatives."""
     own = _own(problem)
     look = None if problem.op == "route" else lambda arrays: check_contiguous(arrays[own:])
-    run: Callable[[tuple[mx.array, ...]], Any] = _on_flat_list(problem)
+    run: Callable[[tuple[mx.array, ...]], Any] = _on_flat_list(problem, Variant(thresholds().rows, fidelity))
 
     def run_flat(arrays: tuple[mx.array, ...]) -> list[mx.array]:
         made = run(arrays)
@@ -49,10 +51,10 @@ def bind(problem: Problem) -> Bound:
     return Bound(call, of_layers(problem, run) if problem.op == "moe" else None)
 
 
-def _on_flat_list(problem: Problem) -> Callable[[tuple[mx.array, ...]], Any]:
+def _on_flat_list(problem: Problem, variant: Variant) -> Callable[[tuple[mx.array, ...]], Any]:
     if problem.op == "moe" and problem.phase == "decode":
-        return one_token.bind(problem)
-    run = _OPERATIONS[problem.op](problem)
+        return one_token.bind(problem, variant)
+    run = _OPERATIONS[problem.op](problem, variant)
 
     def on_flat_list(arrays: tuple[mx.array, ...]) -> Any:
         return run(*arguments_of(problem.op, problem.details, iter(arrays)))
@@ -69,30 +71,34 @@ def _own(problem: Problem) -> int:
     return 2 if problem.op == "switch_glu" else 3
 
 
-def _switch_glu(problem: Problem) -> Callable[..., mx.array]:
+def _route(problem: Problem, variant: Variant) -> Callable[..., Any]:
+    return route.bind(problem)
+
+
+def _switch_glu(problem: Problem, variant: Variant) -> Callable[..., mx.array]:
     def switch_glu(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
         rows, chosen = _flat(x, indices)
-        y = _uncombined(rows, weights, chosen)
+        y = _uncombined(rows, weights, chosen, variant)
         return y.reshape(*indices.shape, weights.layout.hidden)
 
     return switch_glu
 
 
-def _uncombined(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+def _uncombined(x: mx.array, weights: ExpertWeights, indices: mx.array, variant: Variant) -> mx.array:
     kernels = kernels_for(indices.shape[0], indices.shape[1], weights.layout.num_experts)
     if kernels == "decode":
-        return decode.down(decode.gate_up(x, weights, indices), weights, indices)
+        return decode.down(decode.gate_up(x, weights, indices, variant), weights, indices, variant)
     if kernels == "band":
-        return band.switch_glu(x, weights, indices)
+        return band.switch_glu(x, weights, indices, variant.fidelity)
     run = prefill.switch_glu_by_mlx if kernels == "by_mlx" else prefill.switch_glu
     return run(x, weights, indices)
 
 
-def _experts(problem: Problem) -> Callable[..., mx.array]:
-    return _combined
+def _experts(problem: Problem, variant: Variant) -> Callable[..., mx.array]:
+    return partial(_combined, variant)
 
 
-def _moe(problem: Problem) -> Callable[..., mx.array]:
+def _moe(problem: Problem, variant: Variant) -> Callable[..., mx.array]:
     details: tuple[Any, ...] = problem.details
     spec, _, _, logits_dtype, bias, scale, _ = details
     router = route.bind(
@@ -112,12 +118,14 @@ def _moe(problem: Problem) -> Callable[..., mx.array]:
         combine_dtype: mx.Dtype | None,
     ) -> mx.array:
         routing = router(logits, spec, selection_bias, expert_scale)
-        return _combined(x, weights, routing, combine_dtype, identity=identity, scale=factor, shared=shared)
+        extras: dict[str, Any] = {"identity": identity, "scale": factor, "shared": shared}
+        return _combined(variant, x, weights, routing, combine_dtype, **extras)
 
     return moe
 
 
 def _combined(
+    variant: Variant,
     x: mx.array,
     weights: ExpertWeights,
     routing: Routing,
@@ -133,13 +141,11 @@ def _combined(
     kernels = kernels_for(indices.shape[0], indices.shape[1], weights.layout.num_experts)
     extras: dict[str, Any] = {"identity": identity, "scale": scale}
     if kernels == "decode":
-        beside = None if shared is None else decode.shared_gate_up(rows, shared)
-        inner = decode.gate_up(rows, weights, indices)
+        beside = None if shared is None else decode.shared_gate_up(rows, shared, variant)
+        inner = decode.gate_up(rows, weights, indices, variant)
         own = rows if identity else None
-        y = decode.down_combine(
-            inner, weights, indices, mix, combine_dtype, shared=beside, identity=own, scale=scale
-        )
-        return y.reshape(x.shape)
+        extras |= {"shared": beside, "identity": own, "variant": variant}
+        return decode.down_combine(inner, weights, indices, mix, combine_dtype, **extras).reshape(x.shape)
     if shared is not None:
         extras["shared"], extras["shared_gate"] = _shared_output(rows, shared)
     if kernels == "by_mlx":
@@ -147,7 +153,7 @@ def _combined(
         num_experts = weights.layout.num_experts
         extras["identity"] = (rows, indices, num_experts) if identity else None
         return combine(apart, mix, combine_dtype, **extras).reshape(x.shape)
-    run = band.experts if kernels == "band" else prefill.experts
+    run = partial(band.experts, fidelity=variant.fidelity) if kernels == "band" else prefill.experts
     return run(rows, weights, indices, mix, combine_dtype, **extras).reshape(x.shape)
 
 
@@ -165,8 +171,8 @@ def _flat(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
 
 
 # From a problem to what runs it, with the arguments of the reference's function.
-_OPERATIONS: dict[str, Callable[[Problem], Callable[..., Any]]] = {
-    "route": route.bind,
+_OPERATIONS: dict[str, Callable[[Problem, Variant], Callable[..., Any]]] = {
+    "route": _route,
     "switch_glu": _switch_glu,
     "experts": _experts,
     "moe": _moe,

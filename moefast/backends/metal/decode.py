@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ...weights import ExpertLayout, ExpertWeights, Layout, SharedExpert, SharedLayout, dtype_name
 from . import decode_kernels as kernels
-from .matvec import unsigned
+from .matvec import EXACT, Variant, unsigned
 from .operands import arrays_of
 
 
@@ -42,13 +42,15 @@ def _why_not(dtype: mx.Dtype, layout: Layout) -> str | None:
     return None
 
 
-def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array, variant: Variant = EXACT) -> mx.array:
     """The inner activations of every route, ``activation(gate(x), up(x))``, in one launch.
 
     Args:
         x: ``[tokens, hidden]``.
         weights: the experts; their ``down`` is not used.
         indices: ``[tokens, top_k]``, any integers; an expert that does not exist gives 0.
+
+        variant: how the kernel is made, here as in the other functions.
 
     Returns:
         ``[tokens, top_k, width]`` of x's dtype.
@@ -57,7 +59,7 @@ def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
     shape = (tokens, top_k, weights.layout.width)
     if not tokens:
         return mx.zeros(shape, x.dtype)
-    launch = kernels.gate_up(weights.layout, top_k, x.dtype)
+    launch = kernels.gate_up(weights.layout, top_k, x.dtype, variant)
     inputs = [x, unsigned(indices), *arrays_of(weights.gate), *arrays_of(weights.up)]
     return launch(inputs, tokens * top_k, [(shape, x.dtype)])[0]
 
@@ -76,7 +78,7 @@ class SharedInner(NamedTuple):
     logits: mx.array | None = None
 
 
-def shared_gate_up(x: mx.array, shared: SharedExpert) -> SharedInner:
+def shared_gate_up(x: mx.array, shared: SharedExpert, variant: Variant = EXACT) -> SharedInner:
     """The inner activations of the shared expert and the logit of its output gate, in one launch.
 
     x: ``[tokens, hidden]``.
@@ -84,13 +86,13 @@ def shared_gate_up(x: mx.array, shared: SharedExpert) -> SharedInner:
     shapes = _shared_shapes(x, shared)
     if not x.shape[0]:
         return SharedInner(shared, *(mx.zeros(shape, x.dtype) for shape in shapes))
-    launch = kernels.shared_gate_up(shared.layout, x.dtype)
+    launch = kernels.shared_gate_up(shared.layout, x.dtype, variant)
     outputs = [(shape, x.dtype) for shape in shapes]
     return SharedInner(shared, *launch([x, *_shared_arrays(shared)], x.shape[0], outputs))
 
 
 def gate_up_with_shared(
-    x: mx.array, weights: ExpertWeights, indices: mx.array, shared: SharedExpert
+    x: mx.array, weights: ExpertWeights, indices: mx.array, shared: SharedExpert, variant: Variant = EXACT
 ) -> tuple[mx.array, SharedInner]:
     """:func:`gate_up` and :func:`shared_gate_up` in one launch."""
     tokens, top_k = indices.shape
@@ -98,7 +100,7 @@ def gate_up_with_shared(
     if not tokens:
         inner, *others = (mx.zeros(shape, x.dtype) for shape in shapes)
         return inner, SharedInner(shared, *others)
-    launch = kernels.gate_up_with_shared(weights.layout, shared.layout, top_k, x.dtype)
+    launch = kernels.gate_up_with_shared(weights.layout, shared.layout, top_k, x.dtype, variant)
     arrays = [*arrays_of(weights.gate), *arrays_of(weights.up), *_shared_arrays(shared)]
     outputs = [(shape, x.dtype) for shape in shapes]
     inner, *others = launch([x, unsigned(indices), *arrays], tokens * (top_k + 1), outputs)
@@ -114,7 +116,7 @@ def _shared_shapes(x: mx.array, shared: SharedExpert) -> list[tuple[int, ...]]:
     return [inner] if shared.output_gate is None else [inner, inner[:1]]
 
 
-def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array:
+def down(inner: mx.array, weights: ExpertWeights, indices: mx.array, variant: Variant = EXACT) -> mx.array:
     """Every route's output, in one launch.
 
     Args:
@@ -129,7 +131,7 @@ def down(inner: mx.array, weights: ExpertWeights, indices: mx.array) -> mx.array
     shape = (tokens, top_k, weights.layout.hidden)
     if not tokens:
         return mx.zeros(shape, inner.dtype)
-    launch = kernels.down(weights.layout, inner.dtype)
+    launch = kernels.down(weights.layout, inner.dtype, variant)
     inputs = [inner, unsigned(indices), *arrays_of(weights.down)]
     return launch(inputs, tokens * top_k, [(shape, inner.dtype)])[0]
 
@@ -144,6 +146,7 @@ def down_combine(
     shared: SharedInner | None = None,
     identity: mx.array | None = None,
     scale: float = 1.0,
+    variant: Variant = EXACT,
 ) -> mx.array:
     """``sum_k route_weights_k * down(inner_k)``, and what else the block adds up, in one launch.
 
@@ -171,7 +174,7 @@ def down_combine(
     dtype = route_weights.dtype
     kind = kernels.CombineKind(dtype, combine_dtype or dtype, identity is not None, scale)
     layout = None if shared is None else shared.expert.layout
-    launch = kernels.down_combine(weights.layout, layout, top_k, inner.dtype, kind)
+    launch = kernels.down_combine(weights.layout, layout, top_k, inner.dtype, kind, variant)
     inputs = [inner, unsigned(indices), route_weights, *arrays_of(weights.down)]
     if shared is not None:
         inputs += [shared.inner, *arrays_of(shared.expert.down)]

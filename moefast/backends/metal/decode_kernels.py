@@ -15,7 +15,7 @@ import mlx.core as mx
 from ...weights import ExpertLayout, SharedLayout
 from .activations import functor, literal
 from .launch import Function
-from .matvec import GROUP, LANE, ROUTE, ROWS, SIMDGROUPS, Launcher, Operands, cover, launcher
+from .matvec import GROUP, LANE, ROUTE, SIMDGROUPS, Launcher, Operands, Variant, cover, launcher
 
 
 class CombineKind(NamedTuple):
@@ -35,9 +35,9 @@ class CombineKind(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def gate_up(layout: ExpertLayout, top_k: int, dtype: mx.Dtype) -> Launcher:
+def gate_up(layout: ExpertLayout, top_k: int, dtype: mx.Dtype, variant: Variant) -> Launcher:
     """``(x, indices, gate, up) -> inner`` for so many experts per token and x of ``dtype``, by routes."""
-    operands = Operands(gate=layout.gate, up=layout.up)
+    operands = Operands(variant.fidelity, gate=layout.gate, up=layout.up)
     function = Function(
         name="gate_up",
         file="gate_up.metal",
@@ -46,7 +46,8 @@ def gate_up(layout: ExpertLayout, top_k: int, dtype: mx.Dtype) -> Launcher:
         body=_routed(layout, operands, ROUTE),
     )
     numbers = _routed_numbers(layout, top_k)
-    return launcher(function, {"T": dtype}, numbers, [operands], cover(layout.width, ROWS * SIMDGROUPS))
+    threadgroups = cover(layout.width, variant.rows * SIMDGROUPS)
+    return launcher(function, {"T": dtype}, numbers, [operands], threadgroups, rows=variant.rows)
 
 
 def _routed(layout: ExpertLayout, operands: Operands, route: str) -> str:
@@ -64,16 +65,19 @@ def _routed_numbers(layout: ExpertLayout, top_k: int) -> dict[str, int]:
 class _Shared:
     """The shared expert's part of a launch of gate_up.metal."""
 
-    def __init__(self, shared: SharedLayout):
+    def __init__(self, shared: SharedLayout, variant: Variant):
         layout = shared.layout
         self.gated = shared.output_gate is not None
         self.activation = functor(layout.activation)
         self.operands = Operands(
-            shared_gate=layout.gate, shared_up=layout.up, shared_output_gate=shared.output_gate
+            variant.fidelity,
+            shared_gate=layout.gate,
+            shared_up=layout.up,
+            shared_output_gate=shared.output_gate,
         )
         self.outputs = ("shared_inner", "shared_logits") if self.gated else ("shared_inner",)
         # One simdgroup more than the rows need computes the output gate.
-        self.threadgroups = cover(cover(layout.width, ROWS) + self.gated, SIMDGROUPS)
+        self.threadgroups = cover(cover(layout.width, variant.rows) + self.gated, SIMDGROUPS)
 
     def body(self, token: str) -> str:
         stacks = self.operands.stacks
@@ -86,9 +90,9 @@ class _Shared:
 
 
 @lru_cache(maxsize=256)
-def shared_gate_up(shared: SharedLayout, dtype: mx.Dtype) -> Launcher:
+def shared_gate_up(shared: SharedLayout, dtype: mx.Dtype, variant: Variant) -> Launcher:
     """``(x, gate, up, output gate if any) -> inner, logits if there is an output gate``, by tokens."""
-    part = _Shared(shared)
+    part = _Shared(shared, variant)
     function = Function(
         name="shared_gate_up",
         file="gate_up.metal",
@@ -97,14 +101,17 @@ def shared_gate_up(shared: SharedLayout, dtype: mx.Dtype) -> Launcher:
         body=part.body(ROUTE),
     )
     numbers = {"K": shared.layout.hidden, "SHARED_N": shared.layout.width}
-    return launcher(function, {"T": dtype}, numbers, [part.operands], part.threadgroups)
+    return launcher(function, {"T": dtype}, numbers, [part.operands], part.threadgroups, rows=variant.rows)
 
 
 @lru_cache(maxsize=256)
-def gate_up_with_shared(layout: ExpertLayout, shared: SharedLayout, top_k: int, dtype: mx.Dtype) -> Launcher:
+def gate_up_with_shared(
+    layout: ExpertLayout, shared: SharedLayout, top_k: int, dtype: mx.Dtype, variant: Variant
+) -> Launcher:
     """:func:`gate_up` and :func:`shared_gate_up` in one launch, by routes and tokens: ``(x, indices, gate,
     up, shared gate, shared up, output gate) -> inner, shared inner, logits``."""
-    operands, part = Operands(gate=layout.gate, up=layout.up), _Shared(shared)
+    operands = Operands(variant.fidelity, gate=layout.gate, up=layout.up)
+    part = _Shared(shared, variant)
     function = Function(
         name="gate_up_with_shared",
         file="gate_up.metal",
@@ -117,14 +124,16 @@ def gate_up_with_shared(layout: ExpertLayout, shared: SharedLayout, top_k: int, 
 """,
     )
     numbers = {**_routed_numbers(layout, top_k), "SHARED_N": shared.layout.width}
-    threadgroups = max(cover(layout.width, ROWS * SIMDGROUPS), part.threadgroups)
-    return launcher(function, {"T": dtype}, numbers, [operands, part.operands], threadgroups)
+    threadgroups = max(cover(layout.width, variant.rows * SIMDGROUPS), part.threadgroups)
+    return launcher(
+        function, {"T": dtype}, numbers, [operands, part.operands], threadgroups, rows=variant.rows
+    )
 
 
 @lru_cache(maxsize=256)
-def down(layout: ExpertLayout, dtype: mx.Dtype) -> Launcher:
+def down(layout: ExpertLayout, dtype: mx.Dtype, variant: Variant) -> Launcher:
     """``(inner, indices, down) -> out`` for inner activations of ``dtype``, by routes."""
-    operands = Operands(down=layout.down)
+    operands = Operands(variant.fidelity, down=layout.down)
     function = Function(
         name="down",
         file="down.metal",
@@ -136,22 +145,28 @@ def down(layout: ExpertLayout, dtype: mx.Dtype) -> Launcher:
 """,
     )
     numbers = {"K": layout.width, "N": layout.hidden, "E": layout.num_experts}
-    return launcher(function, {"T": dtype}, numbers, [operands], cover(layout.hidden, ROWS * SIMDGROUPS))
+    threadgroups = cover(layout.hidden, variant.rows * SIMDGROUPS)
+    return launcher(function, {"T": dtype}, numbers, [operands], threadgroups, rows=variant.rows)
 
 
 @lru_cache(maxsize=256)
 def down_combine(
-    layout: ExpertLayout, shared: SharedLayout | None, top_k: int, dtype: mx.Dtype, kind: CombineKind
+    layout: ExpertLayout,
+    shared: SharedLayout | None,
+    top_k: int,
+    dtype: mx.Dtype,
+    kind: CombineKind,
+    variant: Variant,
 ) -> Launcher:
     """``(inner, indices, weights, down [, shared inner, shared down [, shared logits]] [, x]) -> out``, by
     tokens."""
-    operands = [Operands(down=layout.down)]
+    operands = [Operands(variant.fidelity, down=layout.down)]
     names = ["inner", "indices", "weights", *operands[0].names]
     numbers = {"K": layout.width, "N": layout.hidden, "E": layout.num_experts, "TOP_K": top_k}
     tasks, shared_text = 0, "moefast::NoSharedDown{}"
     if shared is not None:
         tasks = 1
-        operands.append(Operands(shared_down=shared.layout.down))
+        operands.append(Operands(variant.fidelity, shared_down=shared.layout.down))
         gated = shared.output_gate is not None
         names += ["shared_inner", *operands[1].names, *(["shared_logits"] if gated else [])]
         numbers |= {"SHARED_K": shared.layout.width, "SHARED_TASKS": tasks}
@@ -181,7 +196,8 @@ def down_combine(
         "I": _promoted(dtype, kind.weights),
     }
     simdgroups = min(top_k + tasks, 12)  # 384 threads: as many as any GPU has of a kernel full of registers
-    return launcher(function, types, numbers, operands, cover(layout.hidden, ROWS), simdgroups)
+    threadgroups = cover(layout.hidden, variant.rows)
+    return launcher(function, types, numbers, operands, threadgroups, simdgroups, variant.rows)
 
 
 def _promoted(a: mx.Dtype, b: mx.Dtype) -> mx.Dtype:

@@ -42,12 +42,16 @@ class Thresholds(NamedTuple):
             units that ours do not; None where there are none.
         merged: whether a shared expert's first half shares decode's first launch with the routed experts,
             instead of running beside it. Nobody has measured which is faster.
+        rows: output rows of a simdgroup in decode. Fewer keep more simdgroups busy where a layer is narrow
+            for its GPU, and read x more often; one was reported faster on some machines and slower on others.
+            Bits do not depend on it.
     """
 
     band: int
     tiles: int
     by_mlx: int | None
     merged: bool = False
+    rows: int = 4
 
 
 # By the first generation they hold for, latest first.

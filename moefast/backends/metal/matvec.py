@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
@@ -12,7 +12,27 @@ from ...weights import Layout, Shape
 from .launch import Function, Prepared
 from .operands import Operand, operand_of
 
-# Output rows of a simdgroup. Four rows of two matrices are MLX's number of sums in registers, twice.
+# The order in which products are added up: MLX's, or the one that reads least.
+Fidelity = Literal["exact", "fast"]
+
+
+class Variant(NamedTuple):
+    """How the kernels are made, where they can be made in several ways.
+
+    Attributes:
+        rows: output rows of a simdgroup, in decode: bits do not depend on it. Four rows of two matrices are
+            MLX's number of sums in registers, twice.
+        fidelity: ``fast`` takes the longer chunks of :func:`is_fast` whatever K and N are: of 4-bit weights a
+            lane reads 8 bytes at once, not 4, and half as many lanes ask for a group's scale and offset.
+    """
+
+    rows: int = 4
+    fidelity: Fidelity = "exact"
+
+
+EXACT = Variant()
+
+# Output rows of a simdgroup outside decode.
 ROWS = 4
 # Of a threadgroup, where it is free.
 SIMDGROUPS = 2
@@ -56,18 +76,22 @@ def is_fast(layout: Layout) -> bool:
 class Operands:
     """The projections of a kernel, by prefix; those that are None it does not have.
 
+    Args:
+        fidelity: whether chunks are as long as MLX's.
+
     Attributes:
         names: of their buffers.
         stacks: Metal text of each.
         template: their template arguments, with ``<PREFIX>_FAST``.
     """
 
-    def __init__(self, **layouts: Layout | None):
+    def __init__(self, fidelity: Fidelity, **layouts: Layout | None):
         self.names: list[str] = []
         self.stacks: dict[str, str] = {}
         self.template: list[tuple[str, int | bool]] = []
         for prefix, layout in layouts.items():
-            self.template.append((f"{prefix.upper()}_FAST", layout is not None and is_fast(layout)))
+            fast = layout is not None and (fidelity == "fast" or is_fast(layout))
+            self.template.append((f"{prefix.upper()}_FAST", fast))
             self.stacks[prefix] = "moefast::None{}"
             if layout is not None:
                 operand = operand_of(prefix, layout)
@@ -132,10 +156,11 @@ def launcher(
     operands: Sequence[Operands],
     threadgroups: int,
     simdgroups: int = SIMDGROUPS,
+    rows: int = ROWS,
 ) -> Launcher:
     """A function with everything that is fixed when it is compiled."""
     template: list[tuple[str, int | bool | mx.Dtype]] = [*types.items(), *numbers.items()]
-    template += [("ROWS", ROWS), ("SIMDGROUPS", simdgroups)]
+    template += [("ROWS", rows), ("SIMDGROUPS", simdgroups)]
     for operand in operands:
         template += operand.template
     return Launcher(function, tuple(template), threadgroups, simdgroups)

@@ -14,12 +14,13 @@ from ...weights import ExpertLayout, Layout, Shape, SharedLayout
 from . import decode_kernels as kernels
 from . import route
 from .dispatch import thresholds
+from .matvec import Variant
 from .operands import operand_of
 
 Run = Callable[[tuple[mx.array, ...]], mx.array]
 
 
-def bind(problem: Problem) -> Run:
+def bind(problem: Problem, variant: Variant) -> Run:
     """``moe`` on the flat list of its arrays (see :mod:`moefast.backends.flat`), for a problem of one token.
 
     The shared expert's first half is a launch beside the routed experts', or part of it where the device's
@@ -41,9 +42,9 @@ def bind(problem: Problem) -> Run:
     inners: list[Shape] = [(1, top_k, width)]
 
     choose = router.prepare(1)
-    combine = kernels.down_combine(layout, shared, top_k, dtype, kind).prepare(1, [dtype])
+    combine = kernels.down_combine(layout, shared, top_k, dtype, kind, variant).prepare(1, [dtype])
     if shared is None:
-        first = kernels.gate_up(layout, top_k, dtype).prepare(top_k, [dtype])
+        first = kernels.gate_up(layout, top_k, dtype, variant).prepare(top_k, [dtype])
 
         def alone(flat: tuple[mx.array, ...]) -> mx.array:
             x = flat[0]
@@ -60,10 +61,12 @@ def bind(problem: Problem) -> Run:
     dtypes = [dtype] * len(besides)
     merged = thresholds().merged
     if merged:
-        both = kernels.gate_up_with_shared(layout, shared, top_k, dtype).prepare(top_k + 1, [dtype, *dtypes])
+        both = kernels.gate_up_with_shared(layout, shared, top_k, dtype, variant).prepare(
+            top_k + 1, [dtype, *dtypes]
+        )
     else:
-        beside = kernels.shared_gate_up(shared, dtype).prepare(1, dtypes)
-        first = kernels.gate_up(layout, top_k, dtype).prepare(top_k, [dtype])
+        beside = kernels.shared_gate_up(shared, dtype, variant).prepare(1, dtypes)
+        first = kernels.gate_up(layout, top_k, dtype, variant).prepare(top_k, [dtype])
 
     def with_shared(flat: tuple[mx.array, ...]) -> mx.array:
         x = flat[0]

@@ -12,10 +12,14 @@ from ...weights import ExpertLayout, SharedLayout
 from . import decode, route, verdicts
 from .device import here
 from .launch import emulated
+from .matvec import Fidelity
 from .plan import MAX_EXPERTS
 
 # What a phase may come to run (see dispatch.py), as verdicts call it.
-_PARTS = {"empty": (), "decode": ("decode",), "band": ("band", "tiles"), "prefill": ("tiles",)}
+_PARTS = {
+    "exact": {"empty": (), "decode": ("decode",), "band": ("band", "tiles"), "prefill": ("tiles",)},
+    "fast": {"empty": (), "decode": ("decode-fast",), "band": ("band-fast", "tiles"), "prefill": ("tiles",)},
+}
 
 
 def elsewhere(problem: Problem) -> str | None:
@@ -25,9 +29,9 @@ def elsewhere(problem: Problem) -> str | None:
     return None
 
 
-def why_not(problem: Problem) -> str | None:
+def why_not(problem: Problem, fidelity: Fidelity = "exact") -> str | None:
     """Why the kernels cannot run ``problem``, or None."""
-    if (reason := elsewhere(problem) or _verdict(problem)) is not None:
+    if (reason := elsewhere(problem) or _verdict(problem, fidelity)) is not None:
         return reason
     if problem.op == "route":
         return route.why_not(problem)
@@ -39,11 +43,11 @@ def why_not(problem: Problem) -> str | None:
     return "top_k=0" if top_k == 0 else _networks(problem.dtype, layout, None)
 
 
-def _verdict(problem: Problem) -> str | None:
+def _verdict(problem: Problem, fidelity: Fidelity = "exact") -> str | None:
     """What a self-check on this GPU has against it."""
     if emulated():
         return None
-    parts = () if problem.op == "route" else _PARTS[problem.phase]
+    parts = () if problem.op == "route" else _PARTS[fidelity][problem.phase]
     routing = ("route",) if problem.op in ("route", "moe") else ()
     return next(filter(None, map(verdicts.reason_against, (*routing, *parts))), None)
 

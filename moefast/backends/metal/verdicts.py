@@ -21,7 +21,7 @@ from ...env import cache_folder
 from ...paths import kernels_dir
 
 # Parts that are checked and refused apart from one another.
-PARTS = ("route", "decode", "band", "tiles")
+PARTS = ("route", "decode", "band", "decode-fast", "band-fast", "tiles")
 
 
 def reason_against(part: str) -> str | None:
@@ -58,8 +58,8 @@ def mlx_version() -> str:
 
 @cache
 def identity() -> str:
-    """What a verdict is about: the release of MLX and moefast, the GPU, and the kernels' text."""
-    digest = blake2s(digest_size=8)
+    """What a verdict is about: the release of MLX and moefast, the GPU, the parts and the kernels' text."""
+    digest = blake2s(" ".join(PARTS).encode(), digest_size=8)
     for file in sorted(kernels_dir().iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
     gpu = mx.device_info().get("architecture", "none")
