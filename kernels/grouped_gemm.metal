@@ -15,8 +15,8 @@
 //
 // Launch: threadgroups of 128 threads, four simdgroups; x counts columns of the result, 64 at a
 // time (32 where there are two matrices), y counts tiles; tiles without rows return at once.
-// Neighbouring threadgroups share rows of x. A simdgroup owns half of the tile's rows and half of
-// its columns; with HEIGHT 16 all rows and a fourth of the columns.
+// Neighbouring threadgroups share rows of x. A simdgroup owns all rows of a tile of 32 and a fourth
+// of its columns, or half of both of a tile of 64.
 //
 // Memory: a tile reads its packed weights once, and its rows of x once for each 64 (32) columns.
 // Threadgroup: (HEIGHT + 64) rows of 32 values and 16 bytes: 18 KB for 64 rows of float, 7.5 KB for
@@ -135,7 +135,7 @@ inline void grouped_gate_up(Activation activation,
   clear(sums);
   for (uint depth = 0; depth < HIDDEN; depth += kTileDepth) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    load_row<HEIGHT, HIDDEN>(memory, row, exists, depth, at.index);
+    load_row<HEIGHT, HIDDEN>(memory, row, tile.rows, depth, at.index);
     load_both<WIDTH, HIDDEN>(memory, gate_matrix, up_matrix, first_column, depth, at.index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     multiply(memory, tile.rows, place, sums);
@@ -189,7 +189,7 @@ inline void grouped_down(Down down,
     auto row = inner + (exists ? size_t(tile.first + mine) * WIDTH : 0);
     for (uint depth = 0; depth < WIDTH; depth += kTileDepth) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      load_row<HEIGHT, WIDTH>(memory, row, exists, depth, at.index);
+      load_row<HEIGHT, WIDTH>(memory, row, tile.rows, depth, at.index);
       load_weights<kTileWidth, HIDDEN, WIDTH, TileMemory<T, HEIGHT>::kPitch>(
           memory.weights, matrix, first_column, depth, at.index);
       threadgroup_barrier(mem_flags::mem_threadgroup);

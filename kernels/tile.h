@@ -16,10 +16,12 @@ constexpr constant int kTileDepth = 2 * kDequantized;
 // Rows of weights, of one matrix or two: 32 x 64 is what pays on Apple GPUs from 32 rows of x on.
 constexpr constant int kTileWidth = kTileThreads / 2;
 
-// How the four simdgroups share a tile of HEIGHT x WIDTH results, for each of the matrices.
+// How the four simdgroups share a tile of HEIGHT x WIDTH results, for each of the matrices. Side by
+// side they all have work where a tile is not full; below one another each loads less of the other
+// operand, which at 64 rows is worth more.
 template <int HEIGHT, int WIDTH>
 struct TileShape {
-  static constant constexpr const int kSimdgroupsDown = HEIGHT >= 32 ? 2 : 1;
+  static constant constexpr const int kSimdgroupsDown = HEIGHT > 32 ? 2 : 1;
   static constant constexpr const int kSimdgroupsAcross = 4 / kSimdgroupsDown;
   // 8x8 matrices of one simdgroup.
   static constant constexpr const int kDown = HEIGHT / 8 / kSimdgroupsDown;
@@ -73,16 +75,18 @@ struct TileShare {
   }
 };
 
-// Columns from `depth` on of a row of x, zeros where there are none.
+// Columns from `depth` on of a row of x, zeros where there are none. `rows` are there; of 8x8
+// matrices that have none of them nothing is written.
 template <int HEIGHT, int COLUMNS, typename T, typename Row>
-inline void load_row(threadgroup TileMemory<T, HEIGHT>& memory,
-                     Row row,
-                     bool exists,
-                     uint depth,
-                     uint thread_index) {
+inline void load_row(
+    threadgroup TileMemory<T, HEIGHT>& memory, Row row, uint rows, uint depth, uint thread_index) {
   using Share = TileShare<HEIGHT>;
-  const uint first = Share::column(thread_index);
-  threadgroup T* to = memory.x + Share::row(thread_index) * TileMemory<T, HEIGHT>::kPitch + first;
+  const uint first = Share::column(thread_index), mine = Share::row(thread_index);
+  const bool exists = mine < rows;
+  if (mine / 8 * 8 >= rows) {
+    return;
+  }
+  threadgroup T* to = memory.x + mine * TileMemory<T, HEIGHT>::kPitch + first;
 #pragma unroll
   for (uint i = 0; i < Share::kEach; i++) {
     const uint column = depth + first + i;

@@ -52,7 +52,7 @@ SMALL = (
     Case(40, 2, 4, "nowhere"),
     Case(33, 16, 16, "all"),
     Case(127, 8, 256),
-    Case(64, 6, 160, height=16),
+    Case(64, 6, 160, height=32),
     Case(64, 8, 384, "hot", height=64),
     Case(100, 8, 128, height=8),
     Case(50, 8, 1024),
@@ -61,7 +61,7 @@ SMALL = (
 TWO_LAUNCHES = (
     Case(2049, 2, 8, "hot"),  # the second threadgroup is all but empty
     Case(700, 8, 60, "absent"),
-    Case(513, 8, 300, height=16),
+    Case(513, 8, 300, height=32),
 )
 LARGE = (Case(4096, 8, 256), Case(4096, 10, 512, "hot"), Case(2048, 8, 1024, "few", height=64))
 
