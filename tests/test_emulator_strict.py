@@ -416,3 +416,34 @@ def test_function_constant_without_value() -> None:
     with pytest.raises(emulator.CompileError, match="function constant 'k'"):
         emulator.compile(source, "probe")
     assert emulator.compile(source, "probe", function_constants={3: 7}).signature.kernel == "probe"
+
+
+CONSTANTS = """constant int n [[function_constant(0)]];
+constant bool given = is_function_constant_defined(n);
+constant int m = given ? n : 2;
+constant int fixed = 4;
+template <int N> struct S { float v[N]; };
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("float a[n]; a[0] = 1; o[0] = a[0];", 7),
+        ("float a[2][\nm + 1]; a[0][0] = 1; o[0] = a[0][0];", 8),
+        ("threadgroup float a[n * 2]; a[0] = 1; o[0] = a[0];", 7),
+        ("S<2> s[m]; s[0].v[0] = 1; o[0] = s[0].v[0];", 7),
+        ("float a[fixed]; a[m] = 1; o[n] = a[m];", None),
+        ("float a[2] = {1, 2}; float b = 2 * a[n]; o[0] = b; o[m] = a[n] + o[n * 2];", None),
+        ("const device float* p = o; float a[3]; a[p[n] > 1 ? n : 0] = 1; o[0] = a[0];", None),
+        ("auto f = [=](int i) { return o[n + i]; }; o[0] = f(1);", None),
+    ],
+)
+def test_function_constant_as_the_size_of_an_array(body: str, line: int | None) -> None:
+    source = f"{CONSTANTS}kernel void k(device float* o [[buffer(0)]]) {{\n{body}\n}}\n"
+    if line is None:
+        emulator.compile(source, "k", function_constants={"n": 1})
+        return
+    with pytest.raises(emulator.CompileError, match="cannot be the size of an array") as caught:
+        emulator.compile(source, "k", function_constants={"n": 1})
+    assert [reason.line for reason in caught.value.diagnostics] == [line]

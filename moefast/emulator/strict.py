@@ -12,7 +12,7 @@ import re
 from .declarations import threadgroup_variables
 from .lexer import Source
 from .reflect import BUILTINS, attributes, split_parameters
-from .strict_words import check_words
+from .strict_words import check_array_sizes, check_words
 from .structure import Function, Structure, is_builtin_type
 
 # file, line, column, message
@@ -87,7 +87,8 @@ class _Tokens:
             self._function_pointer(i)
         for i in self.source.at(*filter(_is_long_double, self.source.texts("number"))):
             self.refuse(i, "double is not supported in Metal")
-        for i, message in check_words(self.source, self.structure):
+        words = check_words(self.source, self.structure)
+        for i, message in words + check_array_sizes(self.source, self.structure):
             self.refuse(i, message)
         self._attributes()
         for function in self.structure.functions:

@@ -44,6 +44,41 @@ def check_words(source: Source, structure: Structure) -> list[tuple[int, str]]:
     return [(i, message) for i in looked_at for message in _refusals(source, structure, i)]
 
 
+def check_array_sizes(source: Source, structure: Structure) -> list[tuple[int, str]]:
+    """Declared arrays whose size is a function constant, or made of one: its value comes after the compiler.
+
+    Here it is a constant of the front end, which would take it.
+    """
+    tokens = source.tokens
+    late = {constant.name for constant in structure.constants}
+    for first, end in structure.globals if late else ():
+        words = [tokens[i].text for i in range(first, end)]
+        if "=" in words and late & set(words[words.index("=") :]):
+            late.add(words[words.index("=") - 1])
+    found = []
+    for i in source.at(*late):
+        opening = _enclosing_bracket(source, i)
+        name = opening - 1
+        while tokens[name].text == "]":  # of several dimensions
+            name = source.opening(name) - 1
+        kind = tokens[name - 1].text
+        is_type = kind == ">" or is_builtin_type(kind) or kind in structure.types
+        if opening and tokens[name].kind == "name" and is_type:
+            found.append((i, "a function constant cannot be the size of an array in Metal"))
+    return found
+
+
+def _enclosing_bracket(source: Source, i: int) -> int:
+    """The ``[`` that encloses token ``i`` within its statement; 0 if there is none."""
+    while i := i - 1:
+        text = source.tokens[i].text
+        if text in (")", "]", "}"):
+            i = source.opening(i)
+        elif text in ("[", ";", "{", "}"):
+            return i if text == "[" and source.tokens[i - 1].text != "[" else 0
+    return 0
+
+
 def _refusals(source: Source, structure: Structure, i: int) -> list[str]:
     tokens = source.tokens
     text, before, after = tokens[i].text, tokens[i - 1].text if i else ";", tokens[i + 1].text
