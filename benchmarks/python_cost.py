@@ -79,7 +79,7 @@ def stubbed_launches() -> Iterator[None]:
             ("moefast.ops.quantized_matmul", "device_name", on_gpu),
             ("moefast.backends.metal.products", "device_name", on_gpu),
             ("moefast.backends.metal.refusals", "here", lambda: mock.ANY),
-            ("moefast.backends.metal.refusals", "_verdict", lambda problem: None),  # none was made here
+            ("moefast.backends.metal.refusals", "_verdict", lambda *_: None),  # none was made here
             ("moefast.backends.metal.of_layers", "here", device_name),  # arrays are this machine's
         ):
             patches.enter_context(mock.patch.object(import_module(module), name, value))

@@ -46,7 +46,7 @@ class Kernel:
     @cached_property
     def run_library(self) -> Path:
         def make(made: Path) -> None:
-            pipeline.library(self.ir, made / "run.so", ["-O2"], self._objects)
+            pipeline.library(self.ir, made / "run.so", ["-O3"], self._objects)
 
         return self._entry("run", make) / "run.so"
 
