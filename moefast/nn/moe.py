@@ -93,7 +93,8 @@ class MoE(mlx.nn.Module):
         names, group = own["names"], own["sharding_group"]
         router = self[names.router]
         if isinstance(router, Router):
-            bias, logits = router.selection_bias, router.logits(x)
+            bias_name = router.__dict__["_selection_bias"]
+            bias, logits = None if bias_name is None else router[bias_name], router.logits(x)
         else:
             bias, logits = None, router(x)
         if group is not None:
@@ -108,8 +109,8 @@ class MoE(mlx.nn.Module):
         facts = (
             own["spec"],
             own["combine_dtype"] or False,  # a dtype cannot be compared with None
-            experts.activation,
-            None if shared is None else shared.activation,
+            experts.__dict__["activation"],
+            None if shared is None else shared.__dict__["activation"],
         )
         y = recalled(self, x, logits, bias, experts, shared, shared_gate, facts)
         return self._in_full(x, logits, bias, experts, shared, shared_gate, facts) if y is None else y

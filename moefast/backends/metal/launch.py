@@ -64,12 +64,18 @@ _watch: ContextVar[_Watch | None] = ContextVar(
 )
 
 
+# One for each block that watches, in whatever thread: a launch on a GPU in use looks no further.
+_watchers: list[object] = [settings] if settings.metal == "emulate" else []
+
+
 @contextmanager
 def _watching(**changes: Any) -> Iterator[None]:
     token = _watch.set((_watch.get() or _Watch())._replace(**changes))
+    _watchers.append(token)
     try:
         yield
     finally:
+        _watchers.remove(token)
         _watch.reset(token)
 
 
@@ -165,7 +171,7 @@ class Function:
         constants, kinds = list(template), list(dtypes)
 
         def launch(inputs: Sequence[mx.array], shapes: Sequence[Shape]) -> list[mx.array]:
-            if _watch.get() is None:
+            if not _watchers or _watch.get() is None:
                 made: list[mx.array] = kernel(
                     inputs=inputs,
                     output_shapes=shapes,
