@@ -117,8 +117,8 @@ class _Reader:
                 found.types.add(tokens[i + 1].text)
                 self._alias(tokens[i + 1].text, i + 3)
             elif text == "typedef":
-                end = self.source.within(";", i, len(tokens))[0]
-                if tokens[end - 1].kind == "name":
+                end = next(iter(self.source.within(";", i, len(tokens))), i)
+                if tokens[end - 1].kind == "name" and end > i:  # else the compiler misses the semicolon
                     found.types.add(tokens[end - 1].text)
                     self._alias(tokens[end - 1].text, i + 1)
 
@@ -130,7 +130,7 @@ class _Reader:
             self.found.vector_aliases.add(name)
             return
         at = first
-        while self.tokens[at].text not in (";", "{", "end"):
+        while self.tokens[at].text not in (";", "{") and self.tokens[at].kind != "end":
             if self.tokens[at].text in ("typename", "decltype", "conditional_t", *self.found.dependent):
                 self.found.dependent.add(name)
             at += 1
