@@ -411,7 +411,9 @@ def test_unknown_kernel_names_those_there_are() -> None:
         emulator.compile(KERNEL.format(outside="", inside="out[i] = 0;"), "missing")
 
 
-@pytest.mark.parametrize("rest", ["typedef float t", "using t = float", "struct S {", "template <typename", "["])
+@pytest.mark.parametrize(
+    "rest", ["typedef float t", "using t = float", "struct S {", "template <typename", "["]
+)
 def test_source_that_ends_too_soon(rest: str) -> None:
     with pytest.raises(emulator.CompileError):
         emulator.compile(KERNEL.format(outside="", inside="out[i] = 0;") + rest, "probe")
