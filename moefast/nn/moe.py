@@ -93,7 +93,7 @@ class MoE(mlx.nn.Module):
         names, group = own["names"], own["sharding_group"]
         router = self[names.router]
         if isinstance(router, Router):
-            bias_name = router.__dict__["_selection_bias"]
+            bias_name = router.__dict__["_selection_bias"]  # its property selection_bias, without a call
             bias, logits = None if bias_name is None else router[bias_name], router.logits(x)
         else:
             bias, logits = None, router(x)

@@ -42,6 +42,7 @@ def gate_up(x: mx.array, weights: ExpertWeights, indices: mx.array, fidelity: Fi
         x: ``[tokens, hidden]``.
         weights: the experts; their ``down`` is not used.
         indices: ``[tokens, top_k]``, any integers.
+        fidelity: see :class:`.matvec.Variant`; here and in the other functions.
 
     Returns:
         ``[tokens, top_k, width]`` of x's dtype; anything where an expert does not exist.

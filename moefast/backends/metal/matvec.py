@@ -16,24 +16,24 @@ from .operands import Operand, operand_of
 Fidelity = Literal["exact", "fast"]
 
 
+# Output rows of a simdgroup. Four rows of two matrices are MLX's number of sums in registers, twice.
+ROWS = 4
+
+
 class Variant(NamedTuple):
     """How the kernels are made, where they can be made in several ways.
 
     Attributes:
-        rows: output rows of a simdgroup, in decode: bits do not depend on it. Four rows of two matrices are
-            MLX's number of sums in registers, twice.
+        rows: output rows of a simdgroup, in decode: bits do not depend on it.
         fidelity: ``fast`` takes the longer chunks of :func:`is_fast` whatever K and N are: of 4-bit weights a
             lane reads 8 bytes at once, not 4, and half as many lanes ask for a group's scale and offset.
     """
 
-    rows: int = 4
+    rows: int = ROWS
     fidelity: Fidelity = "exact"
 
 
 EXACT = Variant()
-
-# Output rows of a simdgroup outside decode.
-ROWS = 4
 # Of a threadgroup, where it is free.
 SIMDGROUPS = 2
 
