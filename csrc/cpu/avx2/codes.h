@@ -125,17 +125,49 @@ struct Avx2Codes : Split {
                           Sum* sums) {
     for (int v = 0; v < kVectors; ++v) {
       __m256i codes[kPhases];
-      Split::split(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed) + v), codes);
+      Split::split(load(packed, v), codes);
       for (int r = 0; r < kRows; ++r) {
-        const __m256i* q = reinterpret_cast<const __m256i*>(rows[r].codes + at) + v * kPhases;
-        __m256i sum = _mm256_madd_epi16(codes[0], _mm256_load_si256(q));
-        for (int p = 1; p < kPhases; ++p) {
-          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes[p], _mm256_load_si256(q + p)));
-        }
-        const __m256 step = spread_steps<kUnit, kCount>(steps[r] + unit + v * kCount / kUnit);
-        sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), step, sums[r]);
+        const __m256i products = multiply(codes, rows[r].codes + at, v);
+        sums[r] = scaled<kUnit>(products, steps[r] + unit, v, sums[r]);
       }
     }
+  }
+
+  template <int kUnit>
+  static inline void two(const uint8_t* packed,
+                         const uint8_t* other,
+                         const int8_t* values,
+                         const float* steps,
+                         const float* other_steps,
+                         Sum* sums) {
+    for (int v = 0; v < kVectors; ++v) {
+      __m256i codes[kPhases], other_codes[kPhases];
+      Split::split(load(packed, v), codes);
+      Split::split(load(other, v), other_codes);
+      sums[0] = scaled<kUnit>(multiply(codes, values, v), steps, v, sums[0]);
+      sums[1] = scaled<kUnit>(multiply(other_codes, values, v), other_steps, v, sums[1]);
+    }
+  }
+
+ private:
+  static inline __m256i load(const uint8_t* packed, int v) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed) + v);
+  }
+
+  // Those of the v-th vector of a span's codes.
+  static inline __m256i multiply(const __m256i* codes, const int8_t* values, int v) {
+    const __m256i* q = reinterpret_cast<const __m256i*>(values) + v * kPhases;
+    __m256i sum = _mm256_madd_epi16(codes[0], _mm256_load_si256(q));
+    for (int p = 1; p < kPhases; ++p) {
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes[p], _mm256_load_si256(q + p)));
+    }
+    return sum;
+  }
+
+  template <int kUnit>
+  static inline __m256 scaled(__m256i products, const float* steps, int v, __m256 sum) {
+    const __m256 step = spread_steps<kUnit, kCount>(steps + v * kCount / kUnit);
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), step, sum);
   }
 };
 

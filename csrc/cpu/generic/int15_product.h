@@ -1,12 +1,14 @@
-// Products of rows prepared as int15.h says.
+// Products of rows prepared as int15.h says: of one as int15_single.h does it, of several here.
 //
 // Spans of codes are what takes the time, so whatever a row of the weight costs beside them is kept
 // short: its scales are read once for all rows of activations, its offsets are multiplied on the
-// way, into the same sums, and results are summed up over the lanes four at a time.
+// way, into the same sums, and results are summed up over the lanes four at a time. Each result has
+// the bits that it has alone.
 #ifndef MOEFAST_CPU_GENERIC_INT15_PRODUCT_H
 #define MOEFAST_CPU_GENERIC_INT15_PRODUCT_H
 
 #include "int15.h"
+#include "int15_single.h"
 #include "lanes.h"
 #include "prefetch.h"
 
@@ -42,7 +44,7 @@ template <int kUnit, int kRows>
                                                Floats* sums) {
   const Matrix& w = of.w;
   alignas(64) float scales[kMostUnits];
-  alignas(64) float offsets[Scales::kValues / 32];
+  alignas(64) float offsets[kMostUnits];
   const int64_t groups = of.groups(length);
   load_scales(w, n, panel, length, scales, offsets);
   of.fetcher.scales(w, n, of.groups(panel) * of.scale_size, groups * of.scale_size);
@@ -52,13 +54,16 @@ template <int kUnit, int kRows>
     scales[i] = 0;
   }
   if (affine) {
-    for (int64_t i = groups; i % kFloats != 0; ++i) {
+    for (int64_t i = groups; i < kFloats; ++i) {
       offsets[i] = 0;
     }
     for (int64_t i = 0; i < groups; i += kFloats) {
-      const Floats offset = load_floats(offsets + i);
+      const int64_t last = groups > kFloats ? groups - kFloats : 0;
+      const int64_t from = i < last ? i : last;
+      const Ints fresh = last_lanes(kFloats - (i - from));
+      const Floats offset = as_floats(as_ints(load_floats(offsets + from)) & fresh);
       for (int r = 0; r < kRows; ++r) {
-        sums[r] += offset * load_floats(rows[r].sums + of.groups(panel) + i);
+        sums[r] += offset * load_floats(rows[r].sums + of.groups(panel) + from);
       }
     }
   }
@@ -96,9 +101,9 @@ template <class Codes, int kParts, int kUnit, int kRows>
   alignas(64) float steps[kRows][kMostUnits];
   typename Codes::Sum sums[kRows] = {};
   Floats offsets[kRows] = {};
-  for (int64_t panel = 0; panel < w.in; panel += Scales::kValues) {
-    const int64_t left = w.in - panel;
-    const int64_t length = left < Scales::kValues ? left : Scales::kValues;
+  constexpr int64_t kPanel = kMostUnits * kUnit;
+  for (int64_t panel = 0; panel < w.in; panel += kPanel) {
+    const int64_t length = w.in - panel < kPanel ? w.in - panel : kPanel;
     const uint8_t* codes = w.weight + n * w.row_bytes + panel * Codes::kBits / 8;
     const uint8_t* later = of.fetcher.later(codes);
     int15_scale<kUnit, kRows>(of, n, panel, length, rows, steps, offsets);
@@ -125,6 +130,7 @@ template <class Codes, int kParts, int kUnit, int kRows>
   }
 }
 
+// Two rows of the result at least, or two that make one.
 template <class Codes, int kParts, int kUnit, int kRows>
 void int15_multiply_rows(const Int15Matrix& of,
                          int64_t begin,
@@ -132,6 +138,7 @@ void int15_multiply_rows(const Int15Matrix& of,
                          const Int15Row* rows,
                          float* y,
                          int64_t ldy) {
+  static_assert(kRows > 1);
   constexpr int kResults = kRows / kParts;
   constexpr int kTogether = kResults == 1 ? 4 : 1;  // rows of the weight
   float four[4];
@@ -174,7 +181,7 @@ void int15_multiply_units(const Matrix& w,
     switch (together * kParts) {
       case 1:
         if constexpr (kParts == 1) {
-          int15_multiply_rows<Codes, 1, kUnit, 1>(of, begin, end, block, to, ldy);
+          int15_multiply_single<Codes>(w, begin, end, block[0], to, count == 1 ? ahead : Ahead{});
         }
         break;
       case 2:

@@ -41,6 +41,15 @@ template <class Combine>
   return v[0];
 }
 
+// The last `count` lanes.
+inline Ints last_lanes(int64_t count) {
+  Ints lane;
+  for (int k = 0; k < kFloats; ++k) {
+    lane[k] = k;
+  }
+  return lane >= kFloats - static_cast<int32_t>(count);
+}
+
 // to[i] = the sum of the lanes of v[i], for four vectors, each in the same order of additions.
 [[gnu::always_inline]] inline void sum_four(const Floats* v, float* to) {
 #if defined(MOEFAST_VECTOR_AVX2)

@@ -79,6 +79,46 @@ class Fetcher {
   int64_t rows_;  // that lie between what is read and what is fetched
 };
 
+// How far from a row's weights and scales those lie that are to be fetched while it is read.
+// 0 where nothing is: asking for a line that is being read anyway costs little.
+struct Distance {
+  ptrdiff_t weight;
+  ptrdiff_t scales;
+  ptrdiff_t biases;
+};
+
+// Whoever reads two rows at once fetches a page ahead: with more, rows of 704 or 768 bytes come a
+// fifth slower (Zen 3; 1024 bytes do not).
+constexpr int64_t kAheadOfPairs = 4096;
+
+// Calls visit(from, to, distance) for runs of the rows [begin, end), so that what to fetch is
+// settled once for many rows: those some pairs of rows ahead, then what the next call will read.
+template <class Visit>
+[[gnu::always_inline]] inline void each_distance(
+    const Matrix& w, int64_t begin, int64_t end, const Ahead& ahead, Visit visit) {
+  const int64_t pairs = kAheadOfPairs / (2 * w.row_bytes);
+  const int64_t rows = pairs > 0 ? 2 * pairs : 2;
+  const int64_t here = end - begin > rows ? end - rows : begin;
+  if (begin < here) {
+    const ptrdiff_t scales = rows * w.scale_bytes;
+    visit(begin, here, Distance{rows * w.row_bytes, scales, w.biases == nullptr ? 0 : scales});
+  }
+  const auto distance = [&](const uint8_t* matrix, int64_t stride, const uint8_t* next) {
+    return matrix == nullptr || next == nullptr ? ptrdiff_t{0} : next - (matrix + here * stride);
+  };
+  const int64_t fetched = ahead.weight == nullptr ? 0 : ahead.bytes / w.row_bytes;
+  const int64_t last = fetched < end - here ? here + fetched : end;
+  if (here < last) {
+    visit(here, last,
+          Distance{distance(w.weight, w.row_bytes, ahead.weight),
+                   distance(w.scales, w.scale_bytes, ahead.scales),
+                   distance(w.biases, w.scale_bytes, ahead.biases)});
+  }
+  if (last < end) {
+    visit(last, end, Distance{0, 0, 0});
+  }
+}
+
 }  // namespace
 }  // namespace moefast
 

@@ -21,7 +21,7 @@ struct Scales {
   alignas(64) float offset[kValues / 32];
 };
 
-// Those of values [from, from + count) of row `row`. `from` is a multiple of Scales::kValues.
+// Those of values [from, from + count) of row `row`: whole groups.
 inline void load_scales(
     const Matrix& w, int64_t row, int64_t from, int64_t count, float* scale, float* offset) {
   const Format& format = w.format;

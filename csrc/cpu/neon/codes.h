@@ -102,34 +102,68 @@ struct NeonCodes : Split {
                           const float (*steps)[kMostUnits],
                           int64_t unit,
                           Sum* sums) {
-    constexpr int kVectors = kUnit > kCount ? kUnit / kCount : 1;
+    constexpr int kVectors = vectors(kUnit);
     for (int first = 0; first < kSpan / kCount; first += kVectors) {
       Bytes codes[kVectors * kPhases];
-      for (int v = 0; v < kVectors; ++v) {
-        Split::split(vld1q_u8(packed + 16 * (first + v)), codes + v * kPhases);
-      }
+      split_vectors<kVectors>(packed, first, codes);
       for (int r = 0; r < kRows; ++r) {
-        const int8_t* high = rows[r].codes + at + first * 2 * kCount;
-        int32x4_t sum = vdupq_n_s32(0);
-        for (int i = 0; i < kVectors * kPhases; ++i) {
-          sum = Split::dot(sum, codes[i], vld1q_s8(high + offset(i)));
-        }
-        sum = vshlq_n_s32(sum, 7);
-        for (int i = 0; i < kVectors * kPhases; ++i) {
-          sum = Split::dot(sum, codes[i], vld1q_s8(high + offset(i) + kCount));
-        }
-        const float* step = steps[r] + unit + first * kCount / kUnit;
-        sums[r] = scaled<kUnit>(vcvtq_f32_s32(sum), step, sums[r]);
+        const int32x4_t products = multiply<kVectors>(codes, rows[r].codes + at, first);
+        sums[r] = scaled<kUnit>(products, steps[r] + unit, first, sums[r]);
       }
     }
   }
 
+  template <int kUnit>
+  static inline void two(const uint8_t* packed,
+                         const uint8_t* other,
+                         const int8_t* values,
+                         const float* steps,
+                         const float* other_steps,
+                         Sum* sums) {
+    constexpr int kVectors = vectors(kUnit);
+    for (int first = 0; first < kSpan / kCount; first += kVectors) {
+      Bytes codes[kVectors * kPhases], other_codes[kVectors * kPhases];
+      split_vectors<kVectors>(packed, first, codes);
+      split_vectors<kVectors>(other, first, other_codes);
+      const int32x4_t products = multiply<kVectors>(codes, values, first);
+      const int32x4_t others = multiply<kVectors>(other_codes, values, first);
+      sums[0] = scaled<kUnit>(products, steps, first, sums[0]);
+      sums[1] = scaled<kUnit>(others, other_steps, first, sums[1]);
+    }
+  }
+
  private:
+  static constexpr int vectors(int unit) { return unit > kCount ? unit / kCount : 1; }
+
+  template <int kVectors>
+  static inline void split_vectors(const uint8_t* packed, int first, Bytes* codes) {
+    for (int v = 0; v < kVectors; ++v) {
+      Split::split(vld1q_u8(packed + 16 * (first + v)), codes + v * kPhases);
+    }
+  }
+
+  // Those of kVectors vectors of a span's codes, from the one numbered `first` on.
+  template <int kVectors>
+  static inline int32x4_t multiply(const Bytes* codes, const int8_t* values, int first) {
+    const int8_t* high = values + first * 2 * kCount;
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int i = 0; i < kVectors * kPhases; ++i) {
+      sum = Split::dot(sum, codes[i], vld1q_s8(high + offset(i)));
+    }
+    sum = vshlq_n_s32(sum, 7);
+    for (int i = 0; i < kVectors * kPhases; ++i) {
+      sum = Split::dot(sum, codes[i], vld1q_s8(high + offset(i) + kCount));
+    }
+    return sum;
+  }
+
   // Where the i-th vector of high bytes begins.
   static constexpr int offset(int i) { return i / kPhases * 2 * kCount + i % kPhases * 16; }
 
   template <int kUnit>
-  static inline Sum scaled(float32x4_t values, const float* step, Sum sum) {
+  static inline Sum scaled(int32x4_t products, const float* steps, int first, Sum sum) {
+    const float32x4_t values = vcvtq_f32_s32(products);
+    const float* step = steps + first * kCount / kUnit;
     if constexpr (kUnit >= kCount) {
       return vfmaq_n_f32(sum, values, *step);
     } else {
