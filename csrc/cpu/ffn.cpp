@@ -13,7 +13,7 @@ constexpr int64_t kMostColumns = 256;
 
 // A product that packs its rows has a beginning that nothing overlaps, and needs a piece's weights
 // only once: its pieces are so many times larger.
-constexpr int64_t kPackedPieces = 8;
+constexpr int64_t kPackedPieces = 4;
 
 // Rows [begin, end) of the gate and up weights of one expert.
 struct Piece {
@@ -43,13 +43,17 @@ class Run {
  private:
   void plan() {
     const auto& experts = work_.experts;
-    int64_t inner_size = 0, widest_piece = 0, most_routes = 0, most_down = kMostColumns;
+    const int threads = engine_.pool.threads();
+    int64_t inner_size = 0, widest_piece = 0, most_routes = 0, most_down = kMostColumns, rows = 0;
+    for (const Expert& expert : experts) {
+      rows += expert.up.matrix.out;
+    }
     for (size_t e = 0; e < experts.size(); ++e) {
       const Matrix& up = experts[e].up.matrix;
       const int64_t routes = experts[e].end - experts[e].begin;
       const bool packed =
           routes > 16 && !find_product(isa_, up.format, work_.precision, up.in, routes)->by_row;
-      const int64_t step = rows_per_piece(up) * (packed ? kPackedPieces : 1);
+      const int64_t step = rows_per_piece(up, rows, threads) * (packed ? kPackedPieces : 1);
       for (int64_t n = 0; n < up.out; n += step) {
         pieces_.push_back({static_cast<int32_t>(e), n, std::min(up.out, n + step)});
       }
@@ -57,7 +61,7 @@ class Run {
       inner_size += routes * up.out;
       widest_piece = std::max(widest_piece, step);
       most_routes = std::max(most_routes, routes);
-      most_down = std::min(most_down, rows_per_piece(experts[e].down.matrix));
+      most_down = std::min(most_down, rows_per_piece(experts[e].down.matrix, hidden_, threads));
     }
     // A few tokens: pieces as small as the threads like them. Many: as wide as the cache holds
     // sums.
@@ -65,7 +69,6 @@ class Run {
     columns_ = work_.x.count == 1 ? most_down : std::clamp<int64_t>(fitting, 32, kMostColumns);
 
     inner_ = engine_.scratch.take<float>(inner_size);
-    const int64_t threads = engine_.pool.threads();
     products_size_ = round_up(most_routes * std::max(widest_piece, columns_), 16);
     products_ = engine_.scratch.take<float>(threads * products_size_);
     sums_size_ = work_.apart ? 0 : round_up(work_.x.count * columns_, 16);

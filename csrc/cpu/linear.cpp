@@ -8,7 +8,8 @@ namespace {
 // What MLX divides a global scale by: the largest e4m3 value times the largest e2m1 value.
 constexpr float kNvfp4Range = 448.0f * 6.0f;
 
-constexpr int64_t kPieceBytes = 32 << 10;
+constexpr int64_t kPieceBytes = 64 << 10;
+constexpr int64_t kPiecesPerThread = 8;
 
 }  // namespace
 
@@ -61,9 +62,10 @@ void add_bias(const Isa& isa,
   }
 }
 
-int64_t rows_per_piece(const Matrix& w) {
-  constexpr int64_t kFewest = 16, kMost = 128;
-  return std::clamp(round_up(kPieceBytes / w.row_bytes, kFewest), kFewest, kMost);
+int64_t rows_per_piece(const Matrix& w, int64_t rows, int threads) {
+  constexpr int64_t kFewest = 16, kMost = 256;
+  const int64_t share = rows / (threads * kPiecesPerThread) / kFewest * kFewest;
+  return std::clamp(std::min(round_up(kPieceBytes / w.row_bytes, kFewest), share), kFewest, kMost);
 }
 
 }  // namespace moefast
