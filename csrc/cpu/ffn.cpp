@@ -13,7 +13,7 @@ constexpr int64_t kMostColumns = 256;
 
 // A product that packs its rows has a beginning that nothing overlaps, and needs a piece's weights
 // only once: its pieces are so many times larger.
-constexpr int64_t kPackedPieces = 4;
+constexpr int64_t kPackedPieces = 8;
 
 // Rows [begin, end) of the gate and up weights of one expert.
 struct Piece {
@@ -53,7 +53,8 @@ class Run {
       const int64_t routes = experts[e].end - experts[e].begin;
       const bool packed =
           routes > 16 && !find_product(isa_, up.format, work_.precision, up.in, routes)->by_row;
-      const int64_t step = rows_per_piece(up, rows, threads) * (packed ? kPackedPieces : 1);
+      const int64_t step =
+          rows_per_piece(up, rows, threads, routes) * (packed ? kPackedPieces : 1);
       for (int64_t n = 0; n < up.out; n += step) {
         pieces_.push_back({static_cast<int32_t>(e), n, std::min(up.out, n + step)});
       }
@@ -61,7 +62,8 @@ class Run {
       inner_size += routes * up.out;
       widest_piece = std::max(widest_piece, step);
       most_routes = std::max(most_routes, routes);
-      most_down = std::min(most_down, rows_per_piece(experts[e].down.matrix, hidden_, threads));
+      const Matrix& down = experts[e].down.matrix;
+      most_down = std::min(most_down, rows_per_piece(down, hidden_, threads, routes));
     }
     // A few tokens: pieces as small as the threads like them. Many: as wide as the cache holds
     // sums.

@@ -8,7 +8,10 @@ namespace {
 // What MLX divides a global scale by: the largest e4m3 value times the largest e2m1 value.
 constexpr float kNvfp4Range = 448.0f * 6.0f;
 
-constexpr int64_t kPieceBytes = 64 << 10;
+// A row that is alone reads each weight once, from memory: longer without a break is faster. Several
+// come back for the weights, which are still in the first cache then.
+constexpr int64_t kAloneBytes = 64 << 10;
+constexpr int64_t kSharedBytes = 32 << 10;
 constexpr int64_t kPiecesPerThread = 8;
 
 }  // namespace
@@ -62,10 +65,11 @@ void add_bias(const Isa& isa,
   }
 }
 
-int64_t rows_per_piece(const Matrix& w, int64_t rows, int threads) {
-  constexpr int64_t kFewest = 16, kMost = 256;
+int64_t rows_per_piece(const Matrix& w, int64_t rows, int threads, int64_t count) {
+  constexpr int64_t kFewest = 16;
+  const int64_t bytes = count == 1 ? kAloneBytes : kSharedBytes, most = count == 1 ? 256 : 128;
   const int64_t share = rows / (threads * kPiecesPerThread) / kFewest * kFewest;
-  return std::clamp(std::min(round_up(kPieceBytes / w.row_bytes, kFewest), share), kFewest, kMost);
+  return std::clamp(std::min(round_up(bytes / w.row_bytes, kFewest), share), kFewest, most);
 }
 
 }  // namespace moefast

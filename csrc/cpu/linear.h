@@ -36,9 +36,9 @@ inline Ahead ahead_of(const Matrix& w, int64_t begin, int64_t end) {
           w.biases ? w.biases + begin * w.scale_bytes : nullptr};
 }
 
-// Rows of a weight that one piece of work takes, where there are `rows` in all: enough for a stream
-// of reads to get going, few enough that the threads end together.
-int64_t rows_per_piece(const Matrix& w, int64_t rows, int threads);
+// Rows of a weight that one piece of work takes, where there are `rows` in all, for `count` rows of
+// activations: enough for a stream of reads to get going, few enough that the threads end together.
+int64_t rows_per_piece(const Matrix& w, int64_t rows, int threads, int64_t count);
 
 }  // namespace moefast
 

@@ -42,8 +42,8 @@ void multiply_dense(moefast_engine& engine,
   for (int64_t i = 0; i < count; ++i) {
     const Matrix& matrix = linears[i].matrix;
     operands.push_back({&matrix, index, x.count});
-    const int64_t step =
-        std::min(rows_per_piece(matrix, rows, engine.pool.threads()), round_up(matrix.out, 16));
+    const int64_t some = rows_per_piece(matrix, rows, engine.pool.threads(), x.count);
+    const int64_t step = std::min(some, round_up(matrix.out, 16));
     for (int64_t n = 0; n < matrix.out; n += step) {
       pieces.push_back({i, n, std::min(matrix.out, n + step)});
     }
