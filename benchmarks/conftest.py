@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moefast.lm.bench import machine
-from moefast.lm.bench.bandwidth import Bandwidth, measure_bandwidth, measure_peak
+from moefast.lm.bench.bandwidth import Bandwidth, measure_bandwidth, measure_peak, reader
 from moefast.lm.bench.report import machine_lines, number
 
 _REPORT = pytest.StashKey["Report"]()
@@ -43,6 +43,7 @@ class Report:
 
     Attributes:
         bandwidth: of memory.
+        read: measures it again, with the native backend's threads; None where that is not built.
         peaks: TFLOP/s of the machine, by what was done; peak: the highest, or 0 where none was measured.
         full: run and verify everything.
         case_seconds: most seconds of one run.
@@ -51,6 +52,7 @@ class Report:
 
     def __init__(self, bandwidth: Bandwidth, peaks: dict[str, float], case_seconds: float, full: bool):
         self.bandwidth = bandwidth
+        self.read = reader()
         self.peaks = peaks
         self.peak = max(peaks.values(), default=0.0)
         self.full = full

@@ -7,11 +7,13 @@ to mlx-lm's SwitchGLU and MLX's QuantizedLinear. An output is verified before it
 **Bytes moved** are what the operation cannot avoid: every weight that takes part read once (the stacks of
 the experts that at least one token chose; packed words, scales and offsets), activations, indices and
 routing weights read once, the output written once. Nothing between the projections is counted. GB/s is that
-over the median time, the roof the bandwidth measured in the same run. Weights come from memory: each run
-takes the next of several copies, which together are larger than the caches (as a model's layers are), and
-other experts than the last. **Operations** are two for each weight that a row is multiplied with; TFLOP/s
-and their part of the measured peak say how good a prefill is, which is bound by arithmetic rather than by
-memory.
+over the median time, the roof the bandwidth measured in the same run. The native backend with a few tokens is
+bound by memory: there the roof is measured again before every run, by as many threads, and what is shown is
+the median of all runs' parts. Weights come from memory: each run takes the next of several copies, which
+together are larger than the caches (as a model's layers are), and other experts than the last.
+
+**Operations** are two for each weight that a row is multiplied with; TFLOP/s and their part of the measured
+peak say how good a prefill is, which is bound by arithmetic rather than by memory.
 
 Options (conftest.py): ``--case-seconds`` skips what would take longer, by the time of the last smaller
 case; ``--full`` runs everything and verifies every token.
@@ -53,6 +55,8 @@ _STOCK = ("mlx-lm bf16", "mlx-lm fp32")
 _BACKENDS = tuple(name for name, reason in moefast.backends().items() if reason is None)
 # A decoded token, a small batch, a band that fills tiles, a prefill.
 _TOKENS = (1, 8, 64, 512)
+# So few tokens are bound by memory.
+_FEW = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,11 +212,20 @@ class Bench:
             return
         rounds = max(1, min(_ROUNDS, int(self._report.case_seconds / 2 / seconds)))
         turns = cycle(runs)
-        self._benchmark.pedantic(lambda: mx.eval(next(turns)()), rounds=rounds, warmup_rounds=rounds > 1)
+        roofs: list[float] = []
+        self._benchmark.pedantic(
+            lambda: mx.eval(next(turns)()),
+            setup=lambda: roofs.append(self._roof()),
+            rounds=rounds,
+            warmup_rounds=rounds > 1,
+        )
         stats = self._benchmark.stats.stats
         figures = {"seconds": stats.median, "low": stats.min, "high": stats.max, "rounds": rounds}
         gb_s = moved / stats.median / 1e9
-        roof = gb_s / self._report.bandwidth.roof
+        # Of each run what was measured just before it.
+        roof = float(
+            np.median([moved / t / 1e9 / r for t, r in zip(stats.data, roofs[-rounds:], strict=True)])
+        )
         tflop_s = flops / stats.median / 1e12
         extra = {
             **self._case,
@@ -225,6 +238,13 @@ class Bench:
         }
         self._benchmark.extra_info.update(extra)
         self._report.add({**extra, **figures})
+
+    def _roof(self) -> float:
+        """GB/s of memory: measured now for what it bounds, the native backend with a few tokens."""
+        read = self._report.read
+        if read is None or self._case["subject"] != "native" or self._case["tokens"] > _FEW:
+            return self._report.bandwidth.roof
+        return read()
 
     def _skip(self, reason: str) -> None:
         self._report.add({**self._case, "skipped": reason})

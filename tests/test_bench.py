@@ -6,6 +6,7 @@ Statistics and planning are in test_bench_plan.py.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import pytest
 from moefast.backends import registry
 from moefast.backends.reference import REFERENCE
 from moefast.lm.bench import cli, machine, report
-from moefast.lm.bench.bandwidth import measure_bandwidth
+from moefast.lm.bench.bandwidth import measure_bandwidth, reader
 from moefast.lm.bench.measure import PHASES
 from moefast.lm.bench.models import build, bytes_per_token, draw_weights, parameters_of
 from moefast.lm.bench.subjects import Verdict, judge
@@ -127,6 +128,14 @@ def test_bandwidth_is_measured_with_one_thread_and_two() -> None:
             bandwidth.figures
         )
     assert 0 < bandwidth.roof < math.inf
+
+
+def test_a_reading_is_made_with_the_native_backends_threads() -> None:
+    read = reader(1 << 20)
+    built = importlib.util.find_spec("moefast._kernels") is not None
+    assert (read is not None) == (built and mx.default_device().type == mx.DeviceType.cpu)
+    if read is not None:
+        assert 0.01 < read() < math.inf
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,10 @@ from ...registry import device_name
 # Larger than the caches of one processor, as the weights of a model are; twice this is allocated.
 _BYTES = 512 << 20
 _RUNS = 3
+# Still larger than the caches of most, and read in milliseconds.
+_SMALL_BYTES = 64 << 20
+# Seconds after which the threads that have read sleep, instead of waiting for more with a core of their own.
+_REST = 1e-3
 
 
 class Bandwidth(NamedTuple):
@@ -66,6 +70,23 @@ def measure_bandwidth(size: int = _BYTES, *, clock: Callable[[], float] = time.p
             name = "1 thread" if threads == 1 else f"{threads} threads"
             figures[f"read, native, {name}"] = engine.measure_read(threads, size // threads) / 1e9
     return Bandwidth(figures)
+
+
+def reader(size: int = _SMALL_BYTES) -> Callable[[], float] | None:
+    """What reads memory as the native backend does, with as many threads, and says how fast: GB/s, the best
+    of a few runs over ``size`` bytes. Short enough to be asked before every run of an operation, so that
+    both are measured in the same moments of a machine that is shared. None where nothing native is built."""
+    engine = None if device_name() == "gpu" else _engine()
+    if engine is None:
+        return None
+    found = engine
+
+    def read() -> float:
+        gb_s: float = found.measure_read(found.threads, size // found.threads) / 1e9
+        time.sleep(_REST)
+        return gb_s
+
+    return read
 
 
 def measure_peak() -> dict[str, float]:
