@@ -78,6 +78,7 @@ class Int15Single {
     alignas(64) float steps[2][1][kMostUnits];
     typename Codes::Sum sums[2] = {};
     Floats offset_sums[2] = {};
+    const uint8_t* fetched = w_.weight + n * w_.row_bytes + distance;
     for (int64_t panel = 0; panel < w_.in; panel += kPanel) {
       const int64_t length = w_.in - panel < kPanel ? w_.in - panel : kPanel;
       const int64_t first = panel / kGroup;
@@ -87,7 +88,6 @@ class Int15Single {
       const uint8_t* codes = w_.weight + n * w_.row_bytes + panel * Codes::kBits / 8;
       const ptrdiff_t next = (other - n) * w_.row_bytes;
       const uint8_t* rest = codes + length / kSpan * kSpanBytes;
-      const uint8_t* fetched = codes + distance;
       int64_t at = 0, unit = 0;
       for (; codes != rest; codes += kSpanBytes, at += 2 * kSpan, unit += kSpan / kUnit) {
         fetch_lines(fetched, 2 * kSpanBytes);
@@ -97,9 +97,10 @@ class Int15Single {
       }
       if (length % kSpan != 0) {
         alignas(64) uint8_t last[2][kSpanBytes] = {};
-        const auto bytes = static_cast<size_t>(length % kSpan * Codes::kBits / 8);
-        __builtin_memcpy(last[0], rest, bytes);
-        __builtin_memcpy(last[1], rest + next, bytes);
+        const int64_t bytes = length % kSpan * Codes::kBits / 8;
+        fetch_lines(fetched, 2 * bytes);
+        __builtin_memcpy(last[0], rest, static_cast<size_t>(bytes));
+        __builtin_memcpy(last[1], rest + next, static_cast<size_t>(bytes));
         Codes::template two<kUnit>(last[0], last[1], row.codes + at, steps[0][0] + unit,
                                    steps[1][0] + unit, sums);
       }
