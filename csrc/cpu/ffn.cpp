@@ -53,8 +53,7 @@ class Run {
       const int64_t routes = experts[e].end - experts[e].begin;
       const bool packed =
           routes > 16 && !find_product(isa_, up.format, work_.precision, up.in, routes)->by_row;
-      const int64_t step =
-          rows_per_piece(up, rows, threads, routes) * (packed ? kPackedPieces : 1);
+      const int64_t step = rows_per_piece(up, rows, threads, routes) * (packed ? kPackedPieces : 1);
       for (int64_t n = 0; n < up.out; n += step) {
         pieces_.push_back({static_cast<int32_t>(e), n, std::min(up.out, n + step)});
       }

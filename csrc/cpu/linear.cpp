@@ -8,8 +8,8 @@ namespace {
 // What MLX divides a global scale by: the largest e4m3 value times the largest e2m1 value.
 constexpr float kNvfp4Range = 448.0f * 6.0f;
 
-// A row that is alone reads each weight once, from memory: longer without a break is faster. Several
-// come back for the weights, which are still in the first cache then.
+// A row that is alone reads each weight once, from memory: longer without a break is faster.
+// Several come back for the weights, which are still in the first cache then.
 constexpr int64_t kAloneBytes = 64 << 10;
 constexpr int64_t kSharedBytes = 32 << 10;
 constexpr int64_t kPiecesPerThread = 8;

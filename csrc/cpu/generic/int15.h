@@ -25,7 +25,8 @@
 //     static void span(const uint8_t* codes, const Int15Row* rows, int64_t at,
 //                      const float (*steps)[kMostUnits], int64_t unit, Sum* sums);
 //
-//     // Adds the products of 128 codes of one row of the weight to sums[0], and of those of another
+//     // Adds the products of 128 codes of one row of the weight to sums[0], and of those of
+//     another
 //     // to sums[1], with the same quantised values. The steps of each are those from steps on.
 //     template <int kUnit>
 //     static void two(const uint8_t* codes, const uint8_t* other, const int8_t* values,
@@ -50,7 +51,7 @@ constexpr int kSpan = 128;            // values
 constexpr int kLayoutInParts = 1000;  // added to the layout of rows in one part
 constexpr int kAlike = 64;            // values that share a step
 constexpr float kLargestCode = 16256.0f;
-constexpr int kMostUnits = 128;       // whose steps are made at once
+constexpr int kMostUnits = 128;  // whose steps are made at once
 
 // Values that share a scale and a step.
 inline int unit_of(const Format& format) {

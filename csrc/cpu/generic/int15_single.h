@@ -163,11 +163,8 @@ class Int15Single {
   }
 
   // Those of groups [i, i + kFloats), but for the lanes outside `lanes`.
-  [[gnu::always_inline]] static void add_offsets(const Int15Row& row,
-                                                 const uint8_t* offsets,
-                                                 int64_t i,
-                                                 Ints lanes,
-                                                 Floats& sum) {
+  [[gnu::always_inline]] static void add_offsets(
+      const Int15Row& row, const uint8_t* offsets, int64_t i, Ints lanes, Floats& sum) {
     if constexpr (OfScales::kOffsets) {
       sum += as_floats(as_ints(OfScales::load(offsets)) & lanes) * load_floats(row.sums + i);
     }
