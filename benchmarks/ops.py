@@ -213,10 +213,14 @@ class Bench:
         rounds = max(1, min(_ROUNDS, int(self._report.case_seconds / 2 / seconds)))
         turns = cycle(runs)
         roofs: list[float] = []
+        read = self._reader()
 
         def ready() -> None:
-            roofs.append(self._roof())
-            mx.eval(next(turns)())  # after another run, as in a model: threads are awake
+            if read is None:
+                roofs.append(self._report.bandwidth.roof)
+                return
+            roofs.append(read())
+            mx.eval(next(turns)())  # threads slept since: what is timed follows a run, as in a model
 
         self._benchmark.pedantic(
             lambda: mx.eval(next(turns)()),
@@ -244,12 +248,10 @@ class Bench:
         self._benchmark.extra_info.update(extra)
         self._report.add({**extra, **figures})
 
-    def _roof(self) -> float:
-        """GB/s of memory: measured now for what it bounds, the native backend with a few tokens."""
-        read = self._report.read
-        if read is None or self._case["subject"] != "native" or self._case["tokens"] > _FEW:
-            return self._report.bandwidth.roof
-        return read()
+    def _reader(self) -> Callable[[], float] | None:
+        """What measures memory before each run, for what it bounds: the native backend with a few tokens."""
+        bound = self._case["subject"] == "native" and self._case["tokens"] <= _FEW
+        return self._report.read if bound else None
 
     def _skip(self, reason: str) -> None:
         self._report.add({**self._case, "skipped": reason})

@@ -25,9 +25,8 @@
 //     static void span(const uint8_t* codes, const Int15Row* rows, int64_t at,
 //                      const float (*steps)[kMostUnits], int64_t unit, Sum* sums);
 //
-//     // Adds the products of 128 codes of one row of the weight to sums[0], and of those of
-//     another
-//     // to sums[1], with the same quantised values. The steps of each are those from steps on.
+//     // The same for 128 codes each of two rows of the weight and one row of activations, whose
+//     // quantised values begin at `values`: added to sums[0] and sums[1].
 //     template <int kUnit>
 //     static void two(const uint8_t* codes, const uint8_t* other, const int8_t* values,
 //                     const float* steps, const float* other_steps, Sum* sums);

@@ -174,7 +174,7 @@ class Int15Single {
   const Int15Row row_;
 };
 
-// A few rows at a time, so that each lies as far from what it fetches as the others.
+// Rows [begin, end) of a weight, in runs that lie equally far from what they fetch.
 template <class Codes, class OfScales, int kGroup>
 void int15_multiply_single(const Matrix& w,
                            int64_t begin,
