@@ -27,9 +27,9 @@ test-asan: $(STAMP)  ## run the C++ tests and the kernels' tests under ASan and 
 # No fork() among threads, which the sanitizer's own runtime does not live through in Python; the pool's tests do fork.
 test-tsan: $(STAMP)  ## run the thread pool's tests, and operations on it, under TSan
 	$(call configure,tsan) -DMOEFAST_SANITIZE=thread -DMOEFAST_PORTABLE=ON $(for_this_python)
-	$(BIN)/cmake --build build/tsan --target pool_test attention_test _kernels
+	$(BIN)/cmake --build build/tsan --target pool_test placement_test attention_test _kernels
 	$(NO_ASLR) $(BIN)/ctest --test-dir build/tsan --no-tests=error --output-on-failure \
-	  --tests-regex '^pool_test$$' --repeat until-fail:10
+	  --tests-regex '^(pool|placement)_test$$' --repeat until-fail:10
 	$(NO_ASLR) build/tsan/csrc/tests/attention_test chunks
 	TSAN_OPTIONS=suppressions=$(CURDIR)/csrc/tests/tsan.supp $(call preload,tsan) \
 	$(NO_ASLR) $(call test_kernels,tsan) --capture=no -k 'threads and not fork'

@@ -6,11 +6,8 @@
 #include <sstream>
 #include <thread>
 
-#ifdef __linux__
-#include <sched.h>
+#include "core_set.h"
 
-#include <vector>
-#endif
 #ifdef __APPLE__
 #include <sys/sysctl.h>
 #endif
@@ -70,16 +67,10 @@ bool names_cpu(const std::string& controllers) {
 
 int affinity_cores() {
 #ifdef __linux__
-  // The call fails for masks shorter than the kernel's.
-  for (int cores = 1024; cores <= 1 << 20; cores *= 2) {
-    std::vector<cpu_set_t> mask(CPU_ALLOC_SIZE(cores) / sizeof(cpu_set_t) + 1);
-    const size_t size = mask.size() * sizeof(cpu_set_t);
-    if (sched_getaffinity(0, size, mask.data()) == 0) {
-      return CPU_COUNT_S(size, mask.data());
-    }
-  }
-#endif
+  return CoreSet::allowed().count();
+#else
   return 0;
+#endif
 }
 
 int machine_cores() {

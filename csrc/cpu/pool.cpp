@@ -7,6 +7,10 @@
 // Whoever waits, spins for a moment (the next run is often microseconds away) and then sleeps. A
 // sleeping caller also frees its core for the very worker it waits for. Two threads that have been
 // put on one core do not spin for each other.
+//
+// Left to itself, the system often wakes a worker on the core of its caller: the others are taken
+// at that moment, by the thread that has asked the caller for its work and will sleep at once. So
+// workers are kept off the core that their caller is on.
 #include "pool.h"
 
 #include <pthread.h>
@@ -22,9 +26,7 @@
 #include <utility>
 #include <vector>
 
-#ifdef __linux__
-#include <sched.h>
-#endif
+#include "placement.h"
 
 namespace moefast {
 namespace {
@@ -33,7 +35,12 @@ using Clock = std::chrono::steady_clock;
 
 // Longer than the gap between two operations of a layer that MLX fills with its own, shorter than a
 // time slice by far.
-constexpr auto kPatience = std::chrono::microseconds(100);
+constexpr Clock::duration kPatience = std::chrono::microseconds(100);
+// A worker that waits lets others have its core as often: most often that is the thread which has
+// just been given what the run computed. Oftener, or the caller too, and a process that wants the
+// cores takes twice its share of them.
+constexpr Clock::duration kBetweenYields = std::chrono::microseconds(20);
+constexpr Clock::duration kNever = Clock::duration::max();
 
 // When the library is loaded, not at first use: the lock around a first use could itself be held at
 // a fork().
@@ -46,15 +53,6 @@ void relax() {
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("isb");  // "yield" is over at once
-#endif
-}
-
-// Which core this thread is on, or -1 where the system does not say.
-int core_here() {
-#ifdef __linux__
-  return sched_getcpu();
-#else
-  return -1;
 #endif
 }
 
@@ -93,8 +91,7 @@ uint32_t fork_count() {
 class Pool::Crew {
  public:
   explicit Crew(int threads)
-      : threads_(threads),
-        patience_(threads <= usable_cores() ? Clock::duration(kPatience) : Clock::duration(0)) {}
+      : threads_(threads), patience_(threads <= usable_cores() ? kPatience : Clock::duration(0)) {}
 
   ~Crew() {
     {
@@ -120,6 +117,7 @@ class Pool::Crew {
     task_ = task;
     count_ = count;
     core_ = core_here();
+    spread();
     crowded_.store(false, std::memory_order_relaxed);
     failed_.store(false, std::memory_order_relaxed);
     unclaimed_.store(0, std::memory_order_relaxed);
@@ -148,6 +146,14 @@ class Pool::Crew {
       }
     } catch (const std::system_error&) {
       // The system gives no more threads. Fewer are slower, not wrong.
+    }
+  }
+
+  // Only asks the system when the caller has come to another core, which costs microseconds.
+  void spread() {
+    if (core_ != avoided_ && patience_ != Clock::duration(0)) {
+      avoided_ = core_;
+      keep_off(core_, workers_);
     }
   }
 
@@ -225,7 +231,7 @@ class Pool::Crew {
       door = door_.load();
       return (door & kEnd) || ((door & kOpen) && door >> kNumber != last);
     };
-    if (!(patient ? spin(called) : called())) {
+    if (!(patient ? spin(called, kBetweenYields) : called())) {
       std::unique_lock<std::mutex> lock(bedroom_);
       asleep_.fetch_add(1);
       morning_.wait(lock, called);
@@ -247,7 +253,7 @@ class Pool::Crew {
 
   void wait_until_empty() {
     const auto empty = [&] { return (door_.load() & kInside) == 0; };
-    if (!(crowded_.load(std::memory_order_relaxed) ? empty() : spin(empty))) {
+    if (!(crowded_.load(std::memory_order_relaxed) ? empty() : spin(empty, kNever))) {
       std::unique_lock<std::mutex> lock(bedroom_);
       caller_asleep_.store(true);
       all_out_.wait(lock, empty);
@@ -258,21 +264,29 @@ class Pool::Crew {
   // Whether `done` comes true within the patience. By the clock: a pause takes from one to a
   // hundred nanoseconds, and a thread that lost its core meanwhile has waited long enough.
   template <class Done>
-  bool spin(Done done) const {
+  bool spin(Done done, Clock::duration between_yields) const {
     if (done()) {
       return true;
     }
     if (patience_ == Clock::duration(0)) {
       return false;
     }
-    const auto end = Clock::now() + patience_;
-    do {
+    const auto start = Clock::now();
+    auto next = between_yields;
+    for (;;) {
       relax();
       if (done()) {
         return true;
       }
-    } while (Clock::now() < end);
-    return false;
+      const auto waited = Clock::now() - start;
+      if (waited >= patience_) {
+        return false;
+      }
+      if (waited >= next) {
+        next = waited + between_yields;
+        std::this_thread::yield();
+      }
+    }
   }
 
   const int threads_;
@@ -281,6 +295,7 @@ class Pool::Crew {
   std::mutex callers_;  // held during a run
   bool hired_ = false;
   std::vector<std::thread> workers_;
+  int avoided_ = -1;  // the core that workers are kept off
 
   // The job; written while the door is closed and nobody inside.
   Call call_ = nullptr;
