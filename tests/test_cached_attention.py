@@ -35,6 +35,12 @@ def inputs(
     return *parts, *(floats(2, kv_heads, 40, dims, dtype=dtype) for _ in range(2))
 
 
+def occupy_the_stream() -> None:
+    """With a tenth of a second of work, so that what is asked for next is queued behind it."""
+    x = mx.ones((512, 512))
+    mx.async_eval(x @ x @ x)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("length", "offset"), [(1, 0), (1, 25), (1, 39), (7, 3), (40, 0)])
@@ -104,8 +110,10 @@ def test_many_steps_without_evaluation(floats: Floats, backend: str) -> None:
         assert mx.array_equal(a, b)
 
 
-def test_native_writes_in_place(floats: Floats) -> None:
-    """A cache of 64 MB held by nobody else: the peak of memory does not grow by another one."""
+@pytest.mark.parametrize("waits", [True, False])
+def test_native_writes_in_place(floats: Floats, waits: bool) -> None:
+    """A cache of 64 MB held by nobody else: the peak of memory does not grow by another one, whether each
+    step is over or still runs when the next is built, as where tokens are generated."""
     if "native" not in BACKENDS:
         pytest.skip("the native backend does not run here")
     q, k, v, *_ = inputs(floats, mx.float32, 1)
@@ -113,13 +121,76 @@ def test_native_writes_in_place(floats: Floats) -> None:
     mx.eval(q, k, v, keys, values)
     held = mx.get_active_memory()
     mx.reset_peak_memory()
-    for offset in range(3):
+    ys = []
+    if not waits:
+        occupy_the_stream()
+    for offset in range(6):
         y, keys, values = cached_attention(
             q, k, v, keys, values,
             offset=offset, rotation=Rotation(16, base=1e4), scale=SCALE, causal=False, backend="native",
         )  # fmt: skip
-        mx.eval(y)
-    assert mx.get_peak_memory() - held < keys.nbytes / 4
+        (mx.eval if waits else mx.async_eval)(y)
+        ys.append(y)
+    mx.eval(ys, keys, values)
+    assert mx.get_peak_memory() - held < keys.nbytes / 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("asked", ["y", "keys"])  # which output MLX evaluates
+@pytest.mark.parametrize("kept", ["array", "view", "nothing"])
+def test_steps_that_still_run_keep_what_others_hold(
+    floats: Floats, backend: str, asked: str, kept: str
+) -> None:
+    """The next steps are built while one runs; what is held of its cache stays as it was."""
+    settings: dict[str, Any] = {"rotation": Rotation(16, base=1e4), "scale": SCALE, "causal": False}
+    q, k, v, *start = inputs(floats, mx.float32, 1)
+    steps = range(7, 12)
+    want = []
+    keys, values = (mx.array(np.array(array)) for array in start)
+    for offset in steps:
+        y, keys, values = cached_attention(
+            q, k, v, keys, values, offset=offset, backend="reference", **settings
+        )
+        want.append([float64(array) for array in (y, keys, values)])
+    keys, values = (mx.array(np.array(array)) for array in start)
+    mx.eval(q, k, v, keys, values)
+    ys, holding = [], []
+    occupy_the_stream()
+    for offset in steps:
+        y, keys, values = cached_attention(q, k, v, keys, values, offset=offset, backend=backend, **settings)
+        mx.async_eval(y if asked == "y" else keys)
+        ys.append(y)
+        if kept == "array":
+            holding.append((keys, values))
+        elif kept == "view":
+            views = keys[:, :, 1:], values[:, :, 1:]
+            mx.async_eval(*views)
+            holding.append(views)
+    for y, (want_y, _, _) in zip(ys, want, strict=True):
+        assert_close(y, want_y, "attention", reductions=(16, 40, 40**2))
+    skipped = 1 if kept == "view" else 0
+    for held, (_, *whole) in zip(holding, want, strict=False):
+        for got, rows in zip(held, whole, strict=True):
+            assert_close(got, rows[:, :, skipped:], "rope", reductions=(40**2,))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seen", [1, 2])
+def test_steps_of_one_graph_keep_what_others_hold(floats: Floats, backend: str, seen: int) -> None:
+    """MLX evaluates the first step for one of its caches, whose memory no task holds; then the view of it;
+    then the second step, which must not write there."""
+    settings: dict[str, Any] = {"rotation": Rotation(16, base=1e4), "scale": SCALE, "causal": False}
+    q, k, v, *cache = inputs(floats, mx.float32, 1)
+    mx.eval(q, k, v)
+    want = cached_attention(q, k, v, *cache, offset=7, backend="reference", **settings)[seen][:, :, 1:]
+    want = float64(want)
+    occupy_the_stream()
+    caches = [mx.array(np.array(array)) for array in cache]
+    _, *caches = cached_attention(q, k, v, *caches, offset=7, backend=backend, **settings)
+    view = caches[seen - 1][:, :, 1:]
+    y, *caches = cached_attention(q, k, v, *caches, offset=8, backend=backend, **settings)
+    mx.async_eval(y, view)
+    assert_close(view, want, "rope", reductions=(40**2,))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,8 +1,11 @@
 #include "cached_attention.h"
 
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #include "call.h"
+#include "donation.h"
 #include "mirror.h"
 #include "plan.h"
 #include "rope.h"
@@ -122,7 +125,7 @@ class CachedAttention : public Mirror {
     };
   }
 
-  // A cache that nobody else holds gets its rows where it is.
+  // A cache that nobody else holds gets its rows where it is, even if steps before still run.
   void allocate(const Arrays& inputs, Arrays& outputs, Copies& copies) override {
     outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
     // Each output of several holds the inputs, too, and lets them go only afterwards.
@@ -133,7 +136,7 @@ class CachedAttention : public Mirror {
     }
     for (const int i : {1, 2}) {
       const auto& cache = inputs[kCacheKeys + i - 1];
-      if (cache.is_donatable() && cache.flags().row_contiguous) {
+      if (only_held_by_tasks(cache) && cache.flags().row_contiguous) {
         outputs[i].copy_shared_buffer(cache);
       } else {
         outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
@@ -163,13 +166,21 @@ class CachedAttention : public Mirror {
     rotated.row_stride = queries.heads * dims;
     rotated.batch_stride = rotated.row_stride * length;
 
+    // MLX keeps every output until the task is over, but for the one it asked for.
+    std::vector<std::shared_ptr<const Held>> held;
+    for (const int i : {1, 2}) {
+      if (&outputs[i].inputs() != &inputs) {
+        held.push_back(std::make_shared<const Held>(outputs[i]));
+      }
+    }
+
     const int64_t begin = step_.offset;
     const auto new_keys = rows_of_cache(cache_keys, begin, length);
     const auto new_values = rows_of_cache(cache_values, begin, length);
     const auto all_keys = rows_of_cache(cache_keys, 0, begin + length);
     const auto all_values = rows_of_cache(cache_values, 0, begin + length);
     auto* const out = outputs[0].data<void>();
-    return [=, step = step_] {
+    return [=, step = step_, held = std::move(held)] {
       const std::vector<int64_t> offsets(static_cast<size_t>(queries.batch), begin);
       rotate(keys, step.rotation, freqs, offsets, new_keys);
       copy_rows(values, new_values);

@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "plan.h"
 
@@ -9,11 +10,36 @@ namespace {
 
 using Arrays = std::vector<mx::array>;
 
+// Copies blocks of neighbours, row-major.
+void copy_blocks(const View& from, char* to) {
+  View blocks = from;
+  int64_t block = 1;  // elements
+  while (!blocks.shape.empty() && (blocks.shape.back() == 1 || blocks.strides.back() == block)) {
+    block *= blocks.shape.back();
+    blocks.shape.pop_back();
+    blocks.strides.pop_back();
+  }
+  const auto size = static_cast<int64_t>(from.dtype.size());
+  each(blocks, 0, 0, [&](int64_t offset) {
+    std::memcpy(to, from.data + offset * size, static_cast<size_t>(block * size));
+    to += block * size;
+  });
+}
+
 template <class Element>
-void copy_as(const View& from, char* to) {
+void copy_elements(const View& from, char* to) {
   const auto* source = reinterpret_cast<const Element*>(from.data);
   auto* target = reinterpret_cast<Element*>(to);
   each(from, 0, 0, [&](int64_t offset) { *target++ = source[offset]; });
+}
+
+bool has_neighbours(const View& view) {
+  for (size_t i = view.shape.size(); i-- > 0;) {
+    if (view.shape[i] > 1) {
+      return view.strides[i] == 1;
+    }
+  }
+  return true;
 }
 
 // Whether values within a row are neighbours and rows a constant `stride` apart.
@@ -53,15 +79,19 @@ const void* Copies::add(const mx::array& array, Arrays& temporaries) {
 
 void Copies::make() const {
   for (const auto& [from, to] : copies_) {
+    if (has_neighbours(from)) {
+      copy_blocks(from, to);
+      continue;
+    }
     switch (from.dtype.size()) {
       case 1:
-        copy_as<uint8_t>(from, to);
+        copy_elements<uint8_t>(from, to);
         break;
       case 2:
-        copy_as<uint16_t>(from, to);
+        copy_elements<uint16_t>(from, to);
         break;
       default:
-        copy_as<uint32_t>(from, to);
+        copy_elements<uint32_t>(from, to);
     }
   }
 }
