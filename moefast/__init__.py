@@ -28,6 +28,7 @@ from . import nn
 from .acceleration import accelerate, accelerated, restore
 from .backends import backends, use_backend
 from .ops import experts, moe, quantized_matmul, route, switch_glu
+from .pages import huge_pages
 from .routing import Routing
 from .specs import Activation, QuantSpec, RouterSpec
 from .weights import ExpertWeights, Projection, SharedExpert
@@ -53,6 +54,7 @@ __all__ = [
     "accelerated",
     "backends",
     "experts",
+    "huge_pages",
     "load",
     "moe",
     "nn",

@@ -123,3 +123,5 @@ def isas() -> list[str]:
     """Instruction sets that this build has and this machine runs, best first."""
 
 def usable_cores() -> int: ...
+def huge_pages(arrays: Sequence[mx.array]) -> int:
+    """Bytes of those that are evaluated which are in huge pages now; nothing else is touched."""

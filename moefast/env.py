@@ -1,16 +1,22 @@
 """Every environment variable moefast reads, in one place.
 
-===================  ===================================================================================
-``MOEFAST``          ``0``, false, no or off: :func:`moefast.accelerate` does nothing
-``MOEFAST_BACKEND``  default backend: ``auto`` (fastest available), or a name of ``moefast.backends()``
-``MOEFAST_CACHE``    folder of what the Metal emulator compiles, and of what ``moefast doctor`` found out of
-                     this machine's GPU; by default in the user's cache folder
-``MOEFAST_CLANG``    clang (19 or newer) of the Metal emulator; by default the one of the wheel ``ziglang``
-``MOEFAST_ISA``      instruction set of the native backend, one of ``ISAS``; by default the best there is
-``MOEFAST_LOG``      ``1``, true, yes or on: log which kernel each operation chose and why others refused
-``MOEFAST_METAL``    ``emulate``: run Metal kernels on the CPU, through the emulator; by default on a GPU only
-``MOEFAST_THREADS``  threads of the native backend; 0, the default: one per usable core
-===================  ===================================================================================
+======================  =================================================================================
+``MOEFAST``             ``0``, false, no or off: :func:`moefast.accelerate` does nothing
+``MOEFAST_BACKEND``     default backend: ``auto`` (fastest available), or a name of
+                        ``moefast.backends()``
+``MOEFAST_CACHE``       folder of what the Metal emulator compiles, and of what ``moefast doctor`` found
+                        out of this machine's GPU; by default in the user's cache folder
+``MOEFAST_CLANG``       clang (19 or newer) of the Metal emulator; by default the one of the wheel
+                        ``ziglang``
+``MOEFAST_HUGE_PAGES``  ``0``, false, no or off: :func:`moefast.load` leaves weights in small pages
+``MOEFAST_ISA``         instruction set of the native backend, one of ``ISAS``; by default the best there
+                        is
+``MOEFAST_LOG``         ``1``, true, yes or on: log which kernel each operation chose and why others
+                        refused
+``MOEFAST_METAL``       ``emulate``: run Metal kernels on the CPU, through the emulator; by default on a
+                        GPU only
+``MOEFAST_THREADS``     threads of the native backend; 0, the default: one per usable core
+======================  =================================================================================
 
 They are read once, when moefast is imported.
 """
@@ -41,6 +47,7 @@ class Settings:
     cache: str = ""
     clang: str = ""
     enabled: bool = True
+    huge_pages: bool = True
     isa: str = ""
     log: bool = False
     metal: str = ""
@@ -60,6 +67,9 @@ class Settings:
         enabled = environ.get("MOEFAST", "").lower() or "1"
         if enabled not in (*_ON, *_OFF):
             refuse("env", f"MOEFAST must be one of {(*_ON, *_OFF)}", repr(enabled))
+        huge_pages = environ.get("MOEFAST_HUGE_PAGES", "").lower() or "1"
+        if huge_pages not in (*_ON, *_OFF):
+            refuse("env", f"MOEFAST_HUGE_PAGES must be one of {(*_ON, *_OFF)}", repr(huge_pages))
         isa = environ.get("MOEFAST_ISA", "")
         if isa and isa not in ISAS:
             refuse("env", f"MOEFAST_ISA must be one of {ISAS}", repr(isa))
@@ -74,6 +84,7 @@ class Settings:
             cache=environ.get("MOEFAST_CACHE", ""),
             clang=environ.get("MOEFAST_CLANG", ""),
             enabled=enabled in _ON,
+            huge_pages=huge_pages in _ON,
             isa=isa,
             log=log in _ON,
             metal=metal,

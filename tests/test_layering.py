@@ -20,7 +20,7 @@ PACKAGE = ROOT / "moefast"
 ARROWS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {"lm", "acceleration", "doctor"},
-    "lm": {"models", "acceleration", "machine", "testing"},
+    "lm": {"models", "acceleration", "machine", "pages", "testing"},
     "doctor": {"acceleration", "machine", "ops", "paths"},
     "acceleration": {"families", "nn", "models"},
     "autoload": {"acceleration"},
@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "models": {"nn"},
     "nn": {"ops"},
     "ops": {"backends"},
+    "pages": {"backends"},
     "backends": {"registry", "emulator", "paths", "testing", "tuning"},
     "tuning": {"registry", "machine"},
     "machine": set(),

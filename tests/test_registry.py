@@ -336,6 +336,7 @@ def test_backends_lists_what_can_run() -> None:
         ({"MOEFAST_LOG": "1"}, Settings(log=True)),
         ({"MOEFAST_METAL": "emulate"}, Settings(metal="emulate")),
         ({"MOEFAST_LOG": "Yes"}, Settings(log=True)),
+        ({"MOEFAST_HUGE_PAGES": "off"}, Settings(huge_pages=False)),
         ({"MOEFAST_LOG": "0", "OTHER": "x"}, Settings()),
     ],
 )
@@ -348,6 +349,8 @@ def test_settings_refuse_by_name() -> None:
         Settings.read({"MOEFAST_LOG": "loud"})
     with pytest.raises(ValueError, match=r"\[env\] MOEFAST_METAL must be .*, got 'gpu'\."):
         Settings.read({"MOEFAST_METAL": "gpu"})
+    with pytest.raises(ValueError, match=r"\[env\] MOEFAST_HUGE_PAGES must be one of .*, got 'some'\."):
+        Settings.read({"MOEFAST_HUGE_PAGES": "some"})
 
 
 PROGRAM = """

@@ -244,6 +244,18 @@ std::vector<std::string> isas() {
   return {names, names + std::min<size_t>(count, 16)};
 }
 
+// Those that are there already: nothing is evaluated.
+int64_t huge_pages(const std::vector<mx::array>& arrays) {
+  int64_t bytes = 0;
+  for (const auto& array : arrays) {
+    if (array.is_available() && array.flags().contiguous) {
+      bytes += moefast_huge_pages(array.data<char>(),
+                                  static_cast<int64_t>(array.data_size() * array.itemsize()));
+    }
+  }
+  return bytes;
+}
+
 // What MLX raises as RuntimeError, because it was thrown on a stream's thread, becomes what it was.
 void translate(const std::exception_ptr& error, void*) {
   try {
@@ -309,6 +321,7 @@ NB_MODULE(_native, m) {
   m.def("configure", &configure, "threads"_a, "isa"_a);
   m.def("isas", &isas);
   m.def("usable_cores", &moefast_usable_cores);
+  m.def("huge_pages", &huge_pages, "arrays"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("engine_threads", [] { return moefast_engine_threads(engine()); });
   m.def("engine_isa", [] { return std::string(moefast_engine_isa(engine())); });
 }

@@ -15,7 +15,9 @@ import mlx.nn
 from mlx.utils import tree_flatten
 
 from ..backends import backends, registry, use_backend
+from ..env import settings
 from ..errors import refuse
+from ..pages import huge_pages
 from .verify import Tensors, read_json, read_tensors
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ def load(
     Reads what mlx-lm reads: original Hugging Face checkpoints and mlx-lm's own, quantized or not (with
     other bits per layer where config.json says so), experts stacked or one by one, in one file or many.
     The loading itself is mlx-lm's; before it, the headers of all files are checked, and before a weight is
-    assigned, all tensors are checked against the model.
+    assigned, all tensors are checked against the model. Weights end in huge pages of memory where the native
+    backend is (:func:`moefast.huge_pages`), but for lazy ones.
 
     Args:
         path_or_repo: a directory, or the id (``owner/name``) of a Hugging Face repository, which mlx-lm
@@ -76,6 +79,8 @@ def load(
     model, _ = load_model(folder, lazy=lazy, get_model_classes=partial(_checked_classes, folder, tensors))
     for check in _CHECKS:
         delattr(model, check)  # the class's own methods are back
+    if settings.huge_pages:
+        huge_pages(model)
     if backend != "auto":
         use_backend(backend)
     return model, tokenizer

@@ -10,8 +10,10 @@ import mlx.core as mx
 import mlx.nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ...env import settings
 from ...models import get_classes
 from ...nn import MoE
+from ...pages import huge_pages
 from ..random_weights import random_parameters
 
 GROUP_SIZE = 64
@@ -42,10 +44,13 @@ def build(config: Mapping[str, Any], bits: int, *, stock: bool = False) -> Any:
 
 
 def draw_weights(model: Any, seed: int) -> Weights:
-    """Seeded random parameters of a built moefast model, in bfloat16, evaluated."""
+    """Seeded random parameters of a built moefast model, in bfloat16, evaluated, and in the pages of memory
+    where :func:`moefast.load` would have put them."""
     random_parameters(model, seed=seed, dtype="bfloat16")
     weights = dict(parameters_of(model))
     mx.eval(weights)
+    if settings.huge_pages:
+        huge_pages(weights.values())
     return weights
 
 
