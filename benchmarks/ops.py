@@ -8,9 +8,14 @@ to mlx-lm's SwitchGLU and MLX's QuantizedLinear. An output is verified before it
 the experts that at least one token chose; packed words, scales and offsets), activations, indices and
 routing weights read once, the output written once. Nothing between the projections is counted. GB/s is that
 over the median time, the roof the bandwidth measured in the same run. The native backend with a few tokens is
-bound by memory: there the roof is measured again before every run, by as many threads, and what is shown is
-the median of all runs' parts. Weights come from memory: each run takes the next of several copies, which
-together are larger than the caches (as a model's layers are), and other experts than the last.
+bound by memory: there the roof is measured again before and after every run, by as many threads, and what
+is shown is the median of all runs' parts. Weights come from memory: each run takes the next of several
+copies, which together are larger than the caches (as a model's layers are), and other experts than the last.
+They are in the pages of memory where ``moefast.load`` puts them.
+
+**As in a model**, several layers are one evaluation, each after the one before it, and follow other such
+evaluations without a pause: ``_LAYERS``, fewer where those would take longer than ``_STEP_SECONDS`` (what an
+evaluation costs by itself does not count then). Figures are for one layer.
 
 **Operations** are two for each weight that a row is multiplied with; TFLOP/s and their part of the measured
 peak say how good a prefill is, which is bound by arithmetic rather than by memory.
@@ -37,6 +42,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 import moefast
 from moefast import ExpertWeights, Projection, RouterSpec, Routing, testing
+from moefast.env import settings
 from moefast.lm.bench.models import build
 from moefast.lm.presets import FAMILIES, preset
 from moefast.lm.random_weights import random_parameters
@@ -57,6 +63,14 @@ _BACKENDS = tuple(name for name, reason in moefast.backends().items() if reason 
 _TOKENS = (1, 8, 64, 512)
 # So few tokens are bound by memory.
 _FEW = 8
+# Layers of an evaluation, unless they take longer than so many seconds.
+_LAYERS = 8
+_STEP_SECONDS = 0.1
+# Evaluations before one that is timed: threads have slept or read other memory, and take a while to find the
+# cores they keep.
+_LEAD = 3
+
+Run = Callable[[mx.array], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,9 +128,14 @@ def in_float32(p: Projection) -> Projection:
 
 
 def copies_of(weight: Projection | ExpertWeights) -> list[Any]:
-    """The weight and as many copies of it as make _COLD_BYTES together."""
+    """The weight and as many copies of it as make _COLD_BYTES together, in the pages where a model's are."""
     size = sum(p.nbytes for p in projections_of(weight))
-    return [weight, *(copied(weight) for _ in range(_COLD_BYTES // size))]
+    copies = [weight, *(copied(weight) for _ in range(_COLD_BYTES // size))]
+    if settings.huge_pages:
+        moefast.huge_pages(
+            a for copy in copies for p in projections_of(copy) for a in p.arrays if a is not None
+        )
+    return copies
 
 
 def copied(weight: Any) -> Any:
@@ -164,13 +183,13 @@ def stock_layer(layer: Any, p: Projection) -> Any:
     return layer
 
 
-def stock_experts(w: ExpertWeights, x: mx.array, routing: Routing) -> Callable[[], mx.array]:
+def stock_experts(w: ExpertWeights, routing: Routing) -> Run:
     """mlx-lm's SwitchGLU and the weighted sum that its models take of it."""
     switch = SwitchGLU(64, 64, 1)
     for name, p in (("gate_proj", w.gate), ("up_proj", w.up), ("down_proj", w.down)):
         setattr(switch, name, stock_layer(getattr(switch, name).to_quantized(), p))
 
-    def run() -> mx.array:
+    def run(x: mx.array) -> mx.array:
         y = switch(x, routing.indices)
         return (y * routing.weights[..., None]).sum(axis=-2).astype(y.dtype)
 
@@ -195,13 +214,13 @@ class Bench:
             self._skip(f"would take about {expected:.0f} s")
 
     def __call__(
-        self, runs: list[Callable[[], Any]], verify: Callable[[Any], float], moved: int, flops: int = 0
+        self, runs: list[Run], x: mx.array, verify: Callable[[Any], float], moved: int, flops: int = 0
     ) -> None:
-        """Time ``runs`` in turn, each of which returns arrays; ``verify`` raises AssertionError or returns
-        the error of the first's."""
+        """Time ``runs`` of ``x`` in turn, each of which returns arrays; ``verify`` raises AssertionError or
+        returns the error of the first's."""
         try:
             start = time.perf_counter()
-            output = runs[0]()
+            output = runs[0](x)
             mx.eval(output)
             seconds = time.perf_counter() - start
         except ValueError as refusal:
@@ -210,32 +229,42 @@ class Bench:
         error = verify(output)
         if self._benchmark.disabled:
             return
-        rounds = max(1, min(_ROUNDS, int(self._report.case_seconds / 2 / seconds)))
+        layers = max(1, min(_LAYERS, int(_STEP_SECONDS / seconds)))
+        rounds = max(1, min(_ROUNDS, int(self._report.case_seconds / 2 / (layers * seconds))))
         turns = cycle(runs)
         roofs: list[float] = []
         read = self._reader()
+
+        def evaluate() -> None:
+            """So many layers, each after the one before it."""
+            out = next(turns)(x)
+            for _ in range(layers - 1):
+                out = next(turns)(mx.depends(x, list(out) if isinstance(out, tuple) else out))
+            mx.eval(out)
 
         def ready() -> None:
             if read is None:
                 roofs.append(self._report.bandwidth.roof)
                 return
             roofs.append(read())
-            mx.eval(next(turns)())  # threads slept since: what is timed follows a run, as in a model
+            for _ in range(_LEAD):
+                evaluate()
 
-        self._benchmark.pedantic(
-            lambda: mx.eval(next(turns)()),
-            setup=ready,
-            rounds=rounds,
-            warmup_rounds=rounds > 1,
-        )
-        stats = self._benchmark.stats.stats
-        figures = {"seconds": stats.median, "low": stats.min, "high": stats.max, "rounds": rounds}
-        gb_s = moved / stats.median / 1e9
-        # Of each run what was measured just before it.
-        roof = float(
-            np.median([moved / t / 1e9 / r for t, r in zip(stats.data, roofs[-rounds:], strict=True)])
-        )
-        tflop_s = flops / stats.median / 1e12
+        self._benchmark.pedantic(evaluate, setup=ready, rounds=rounds, warmup_rounds=rounds > 1)
+        roofs.append(self._report.bandwidth.roof if read is None else read())
+        times = np.array(self._benchmark.stats.stats.data) / layers
+        median = float(np.median(times))
+        figures = {
+            "seconds": median,
+            "low": float(times.min()),
+            "high": float(times.max()),
+            "rounds": rounds,
+            "layers": layers,
+        }
+        # Of each run what was measured just before and just after it.
+        around = np.array(roofs[-rounds - 1 :])
+        roof = float(np.median(moved / times / 1e9 / (around[:-1] + around[1:]) * 2))
+        gb_s, tflop_s = moved / median / 1e9, flops / median / 1e12
         extra = {
             **self._case,
             "bytes": moved,
@@ -272,7 +301,8 @@ def test_route(benchmark: Any, report: Report, layer: Layer, tokens: int, subjec
         return testing.error(*weights).rms
 
     bench(
-        [lambda: moefast.route(logits, layer.spec, selection_bias=bias, backend=subject)],
+        [lambda x: moefast.route(x, layer.spec, selection_bias=bias, backend=subject)],
+        logits,
         verify,
         nbytes(logits, bias, *want),
     )
@@ -298,15 +328,15 @@ def test_experts(benchmark: Any, report: Report, layer: Layer, tokens: int, subj
         limit = testing.bound(dtype, "experts", reductions=sizes, top_k=layer.spec.top_k)
         return judged(got[rows], want, limit, subject)
 
-    def run_of(w: ExpertWeights, r: Routing) -> Callable[[], mx.array]:
+    def run_of(w: ExpertWeights, r: Routing) -> Run:
         if subject in _STOCK:
-            return stock_experts(w, x, r)
-        return lambda: moefast.experts(x, w, r, backend=subject)
+            return stock_experts(w, r)
+        return lambda x: moefast.experts(x, w, r, backend=subject)
 
     copies = cold(w)
     runs = [run_of(copies[i % len(copies)], r) for i, r in enumerate(routings)]
     weights = sum(p.layout.out_dims * p.layout.in_dims for p in w.projections)
-    bench(runs, verify, moved, 2 * tokens * layer.spec.top_k * weights)
+    bench(runs, x, verify, moved, 2 * tokens * layer.spec.top_k * weights)
 
 
 @pytest.mark.parametrize("subject", [*_STOCK, *_BACKENDS])
@@ -325,14 +355,13 @@ def test_quantized_matmul(benchmark: Any, report: Report, layer: Layer, tokens: 
         limit = testing.bound(dtype, "quantized_matmul", reductions=(p.layout.in_dims,))
         return judged(got[rows], want, limit, subject)
 
-    def run_of(p: Projection) -> Callable[[], mx.array]:
+    def run_of(p: Projection) -> Run:
         if subject in _STOCK:
-            linear = stock_layer(mlx.nn.Linear(64, 64, bias=False).to_quantized(), p)
-            return lambda: linear(x)
-        return lambda: moefast.quantized_matmul(x, p, backend=subject)
+            return stock_layer(mlx.nn.Linear(64, 64, bias=False).to_quantized(), p)  # type: ignore[no-any-return]
+        return lambda x: moefast.quantized_matmul(x, p, backend=subject)
 
     moved = p.nbytes + x.nbytes + x.itemsize * tokens * p.layout.out_dims
-    bench([run_of(w) for w in cold(p)], verify, moved, 2 * tokens * p.layout.out_dims * p.layout.in_dims)
+    bench([run_of(w) for w in cold(p)], x, verify, moved, 2 * tokens * p.layout.out_dims * p.layout.in_dims)
 
 
 @lru_cache(maxsize=1)  # shared by the cases of a weight that follow one another
