@@ -13,9 +13,9 @@ is shown is the median of all runs' parts. Weights come from memory: each run ta
 copies, which together are larger than the caches (as a model's layers are), and other experts than the last.
 They are in the pages of memory where ``moefast.load`` puts them.
 
-**As in a model**, several layers are one evaluation, each after the one before it, and follow other such
-evaluations without a pause: ``_LAYERS``, fewer where those would take longer than ``_STEP_SECONDS`` (what an
-evaluation costs by itself does not count then). Figures are for one layer.
+**As in a model**, several layers are one evaluation, each after the one before it, and the next evaluation is
+built while one runs, as mlx-lm does when it generates: ``_LAYERS``, fewer where those would take longer than
+``_STEP_SECONDS`` (what an evaluation costs by itself does not count then). Figures are for one layer.
 
 **Operations** are two for each weight that a row is multiplied with; TFLOP/s and their part of the measured
 peak say how good a prefill is, which is bound by arithmetic rather than by memory.
@@ -201,6 +201,35 @@ def nbytes(*arrays: mx.array | None) -> int:
     return sum(a.nbytes for a in arrays if a is not None)
 
 
+class Steps:
+    """Evaluations of so many runs each, in turn, as mlx-lm generates: each is built while the last one runs.
+    Of a single run, which is long, that would show nothing: those are one after the other."""
+
+    def __init__(self, runs: list[Run], x: mx.array, layers: int):
+        self._turns = cycle(runs)
+        self._x = x
+        self._layers = layers
+        self._running: Any = None
+
+    def next(self) -> None:
+        """Begin another evaluation and wait for the one before: once one runs, this takes as long."""
+        out = next(self._turns)(self._x)
+        if self._layers == 1:
+            mx.eval(out)
+            return
+        for _ in range(self._layers - 1):  # each layer needs the one before it
+            out = next(self._turns)(mx.depends(self._x, list(out) if isinstance(out, tuple) else out))
+        mx.async_eval(out)
+        self.finish()
+        self._running = out
+
+    def finish(self) -> None:
+        """Wait for what has begun."""
+        if self._running is not None:
+            mx.eval(self._running)
+            self._running = None
+
+
 class Bench:
     """Verifies and times one case, unless it would take too long."""
 
@@ -231,27 +260,21 @@ class Bench:
             return
         layers = max(1, min(_LAYERS, int(_STEP_SECONDS / seconds)))
         rounds = max(1, min(_ROUNDS, int(self._report.case_seconds / 2 / (layers * seconds))))
-        turns = cycle(runs)
+        steps = Steps(runs, x, layers)
         roofs: list[float] = []
         read = self._reader()
 
-        def evaluate() -> None:
-            """So many layers, each after the one before it."""
-            out = next(turns)(x)
-            for _ in range(layers - 1):
-                out = next(turns)(mx.depends(x, list(out) if isinstance(out, tuple) else out))
-            mx.eval(out)
+        def measure_roof() -> None:
+            steps.finish()
+            roofs.append(self._report.bandwidth.roof if read is None else read())
 
         def ready() -> None:
-            if read is None:
-                roofs.append(self._report.bandwidth.roof)
-                return
-            roofs.append(read())
-            for _ in range(_LEAD):
-                evaluate()
+            measure_roof()
+            for _ in range(_LEAD if layers > 1 else 0):
+                steps.next()
 
-        self._benchmark.pedantic(evaluate, setup=ready, rounds=rounds, warmup_rounds=rounds > 1)
-        roofs.append(self._report.bandwidth.roof if read is None else read())
+        self._benchmark.pedantic(steps.next, setup=ready, rounds=rounds, warmup_rounds=rounds > 1)
+        measure_roof()
         times = np.array(self._benchmark.stats.stats.data) / layers
         median = float(np.median(times))
         figures = {
