@@ -9,8 +9,6 @@
 #ifndef MOEFAST_MLX_DONATION_H
 #define MOEFAST_MLX_DONATION_H
 
-#include <memory>
-
 #include "mlx/mlx.h"
 
 namespace moefast::binding {
