@@ -42,7 +42,6 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 import moefast
 from moefast import ExpertWeights, Projection, RouterSpec, Routing, testing
-from moefast.env import settings
 from moefast.lm.bench.models import build
 from moefast.lm.presets import FAMILIES, preset
 from moefast.lm.random_weights import random_parameters
@@ -131,10 +130,7 @@ def copies_of(weight: Projection | ExpertWeights) -> list[Any]:
     """The weight and as many copies of it as make _COLD_BYTES together, in the pages where a model's are."""
     size = sum(p.nbytes for p in projections_of(weight))
     copies = [weight, *(copied(weight) for _ in range(_COLD_BYTES // size))]
-    if settings.huge_pages:
-        moefast.huge_pages(
-            a for copy in copies for p in projections_of(copy) for a in p.arrays if a is not None
-        )
+    moefast.huge_pages(a for copy in copies for p in projections_of(copy) for a in p.arrays if a is not None)
     return copies
 
 
@@ -301,7 +297,7 @@ class Bench:
         self._report.add({**extra, **figures})
 
     def _reader(self) -> Callable[[], float] | None:
-        """What measures memory before each run, for what it bounds: the native backend with a few tokens."""
+        """What measures memory around each run, for what it bounds: the native backend with a few tokens."""
         bound = self._case["subject"] == "native" and self._case["tokens"] <= _FEW
         return self._report.read if bound else None
 

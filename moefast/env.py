@@ -8,7 +8,7 @@
                         out of this machine's GPU; by default in the user's cache folder
 ``MOEFAST_CLANG``       clang (19 or newer) of the Metal emulator; by default the one of the wheel
                         ``ziglang``
-``MOEFAST_HUGE_PAGES``  ``0``, false, no or off: :func:`moefast.load` leaves weights in small pages
+``MOEFAST_HUGE_PAGES``  ``0``, false, no or off: :func:`moefast.huge_pages` moves nothing
 ``MOEFAST_ISA``         instruction set of the native backend, one of ``ISAS``; by default the best there
                         is
 ``MOEFAST_LOG``         ``1``, true, yes or on: log which kernel each operation chose and why others
@@ -61,15 +61,6 @@ class Settings:
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
         """Parse ``environ``. Raises ValueError naming the variable."""
-        log = environ.get("MOEFAST_LOG", "").lower()
-        if log not in (*_ON, *_OFF):
-            refuse("env", f"MOEFAST_LOG must be one of {(*_ON, *_OFF)}", repr(log))
-        enabled = environ.get("MOEFAST", "").lower() or "1"
-        if enabled not in (*_ON, *_OFF):
-            refuse("env", f"MOEFAST must be one of {(*_ON, *_OFF)}", repr(enabled))
-        huge_pages = environ.get("MOEFAST_HUGE_PAGES", "").lower() or "1"
-        if huge_pages not in (*_ON, *_OFF):
-            refuse("env", f"MOEFAST_HUGE_PAGES must be one of {(*_ON, *_OFF)}", repr(huge_pages))
         isa = environ.get("MOEFAST_ISA", "")
         if isa and isa not in ISAS:
             refuse("env", f"MOEFAST_ISA must be one of {ISAS}", repr(isa))
@@ -83,13 +74,21 @@ class Settings:
             backend=environ.get("MOEFAST_BACKEND", "") or "auto",
             cache=environ.get("MOEFAST_CACHE", ""),
             clang=environ.get("MOEFAST_CLANG", ""),
-            enabled=enabled in _ON,
-            huge_pages=huge_pages in _ON,
+            enabled=_switch(environ, "MOEFAST", default="1"),
+            huge_pages=_switch(environ, "MOEFAST_HUGE_PAGES", default="1"),
             isa=isa,
-            log=log in _ON,
+            log=_switch(environ, "MOEFAST_LOG", default="0"),
             metal=metal,
             threads=int(threads),
         )
+
+
+def _switch(environ: Mapping[str, str], name: str, *, default: str) -> bool:
+    """Whether a variable says on; empty is unset."""
+    word = environ.get(name, "").lower() or default
+    if word not in (*_ON, *_OFF):
+        refuse("env", f"{name} must be one of {(*_ON, *_OFF)}", repr(word))
+    return word in _ON
 
 
 settings = Settings.read(os.environ)

@@ -10,6 +10,7 @@ import mlx.nn
 from mlx.utils import tree_flatten
 
 from .backends.native.loading import bindings
+from .env import settings
 from .errors import refuse
 from .registry import device_name
 
@@ -19,18 +20,20 @@ __all__ = ["huge_pages"]
 def huge_pages(weights: mlx.nn.Module | Iterable[mx.array]) -> int:
     """Ask the system to move weights into huge pages (2 MB instead of 4 KB), where they lie.
 
-    On a CPU decoding reads every weight as fast as memory delivers, and looks up each page first: with huge
-    pages the native backend's experts take some 5 % less time. Addresses, values and the memory in use stay
-    as they are; the move itself takes about half a second per GB, and nothing where it has been done before
-    or where the system gives huge pages by itself. :func:`moefast.load` does it unless
-    ``MOEFAST_HUGE_PAGES=0``; for a model that mlx-lm loaded, call this.
+    Decoding on a CPU reads every weight as fast as memory delivers, and looks up each page first
+    (docs/notes/native-on-cpu.md: what that costs). Addresses and values stay as they are. The move takes half
+    a second to two per GB, and nothing where it has been done before. :func:`moefast.load` does it; for a
+    model that mlx-lm loaded, call this.
 
     Args:
-        weights: a model, or arrays; those that are not evaluated yet are left as they are.
+        weights: a model, or arrays of any shape and dtype; those not evaluated yet are left as they are.
 
     Returns:
         How many bytes are in huge pages now; 0 where the system has no such request (Linux before 6.1,
-        macOS), on a GPU, and without ``moefast._native``.
+        macOS), on a GPU, without ``moefast._native``, and with ``MOEFAST_HUGE_PAGES=0``.
+
+    Raises:
+        ValueError: something else than a model or arrays.
     """
     if isinstance(weights, mlx.nn.Module):
         flat: Any = tree_flatten(weights.parameters())
@@ -41,7 +44,7 @@ def huge_pages(weights: mlx.nn.Module | Iterable[mx.array]) -> int:
         if not isinstance(array, mx.array):
             refuse("huge_pages", "weights must be an mlx.nn.Module or arrays", type(array).__name__)
     native = bindings().native
-    if native is None or device_name() != "cpu":
+    if native is None or device_name() != "cpu" or not settings.huge_pages:
         return 0
     moved: int = native.huge_pages(arrays)
     return moved

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import Floats
 from formats import DTYPES
+from marks import needs_native
 from mlx_lm.models.cache import KVCache
 from oracle import attention as attended
 from test_rope import oracle as turned
@@ -110,12 +111,11 @@ def test_many_steps_without_evaluation(floats: Floats, backend: str) -> None:
         assert mx.array_equal(a, b)
 
 
+@needs_native
 @pytest.mark.parametrize("waits", [True, False])
 def test_native_writes_in_place(floats: Floats, waits: bool) -> None:
     """A cache of 64 MB held by nobody else: the peak of memory does not grow by another one, whether each
     step is over or still runs when the next is built, as where tokens are generated."""
-    if "native" not in BACKENDS:
-        pytest.skip("the native backend does not run here")
     q, k, v, *_ = inputs(floats, mx.float32, 1)
     keys, values = (mx.zeros((2, 2, 1 << 18, 16)) for _ in range(2))
     mx.eval(q, k, v, keys, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 import moefast
+from moefast import pages
+from moefast.backends.native.loading import bindings
 
 MEGABYTE = 1 << 20
 PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
@@ -33,8 +36,8 @@ def bytes_in_huge_pages(array: mx.array) -> int:
 
 def why_not() -> str | None:
     """Why nothing can be moved here."""
-    if moefast.backends()["native"] is not None or not hasattr(moefast, "_native"):
-        return "moefast._native does not run here"
+    if bindings().native is None:
+        return bindings().reason
     release = tuple(
         int(part) for part in re.findall(r"\d+", Path("/proc/sys/kernel/osrelease").read_text())[:2]
     )
@@ -62,6 +65,13 @@ def test_weights_move_and_stay_what_they_are() -> None:
     assert np.array_equal(values, np.asarray(model.weight))
     assert moefast.huge_pages([model.weight]) == moved  # again: they are there already
     assert mx.array_equal(model(mx.ones(1024)), mx.ones(1024) @ mx.array(values).T)
+
+
+def test_nothing_moves_where_the_environment_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    array = mx.zeros((4096, 1024))
+    mx.eval(array)
+    monkeypatch.setattr(pages, "settings", replace(pages.settings, huge_pages=False))
+    assert moefast.huge_pages([array]) == 0
 
 
 def test_nothing_is_evaluated() -> None:

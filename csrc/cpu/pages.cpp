@@ -1,5 +1,5 @@
-// Memory in huge pages: a core that reads weights at full speed looks up a page of 4 KB every third
-// of a microsecond, and every look-up of a page for the first time reads memory itself.
+// Memory in huge pages: a core that reads weights at full speed comes to another page of 4 KB every
+// third of a microsecond, and has to look up each where it lies.
 #include <algorithm>
 #include <cstdint>
 #include <fstream>

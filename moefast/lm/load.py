@@ -15,7 +15,6 @@ import mlx.nn
 from mlx.utils import tree_flatten
 
 from ..backends import backends, registry, use_backend
-from ..env import settings
 from ..errors import refuse
 from ..pages import huge_pages
 from .verify import Tensors, read_json, read_tensors
@@ -79,8 +78,7 @@ def load(
     model, _ = load_model(folder, lazy=lazy, get_model_classes=partial(_checked_classes, folder, tensors))
     for check in _CHECKS:
         delattr(model, check)  # the class's own methods are back
-    if settings.huge_pages:
-        huge_pages(model)
+    huge_pages(model)
     if backend != "auto":
         use_backend(backend)
     return model, tokenizer

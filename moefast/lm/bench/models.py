@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ...env import settings
 from ...models import get_classes
 from ...nn import MoE
 from ...pages import huge_pages
@@ -49,8 +48,7 @@ def draw_weights(model: Any, seed: int) -> Weights:
     random_parameters(model, seed=seed, dtype="bfloat16")
     weights = dict(parameters_of(model))
     mx.eval(weights)
-    if settings.huge_pages:
-        huge_pages(weights.values())
+    huge_pages(weights.values())
     return weights
 
 
