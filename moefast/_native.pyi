@@ -1,6 +1,7 @@
 """MLX operations on moefast's CPU kernels (``csrc/mlx``), for ``moefast.backends.native``."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -113,6 +114,27 @@ def embed_of(
     /,
 ) -> mx.array | None:
     """See :class:`moefast.registry.Bound`."""
+
+class Decoding:
+    """A model's decoding steps, made from what was seen of the last two; see moefast/models/decoding.py."""
+
+    def __init__(self) -> None: ...
+    def record(
+        self,
+        model: Any,
+        inputs: mx.array,
+        caches: list[Any],
+        offset: int,
+        before: list[mx.array],
+        logits: mx.array,
+        facts: Any,
+    ) -> bool:
+        """Watch a step that was made in full; whether the next can be made from what has been seen."""
+
+    def again(
+        self, model: Any, inputs: mx.array, caches: list[Any], offset: int, facts: Any
+    ) -> mx.array | None:
+        """Make a step and advance the caches; None, and nothing done, where that cannot be."""
 
 def configure(threads: int, isa: str) -> None:
     """Settings of the engine; ValueError once it runs with others."""

@@ -15,6 +15,7 @@
                         refused
 ``MOEFAST_METAL``       ``emulate``: run Metal kernels on the CPU, through the emulator; by default on a
                         GPU only
+``MOEFAST_REPLAY``      ``0``, false, no or off: every decoding step is made by the model's Python
 ``MOEFAST_THREADS``     threads of the native backend; 0, the default: one per usable core
 ======================  =================================================================================
 
@@ -51,6 +52,7 @@ class Settings:
     isa: str = ""
     log: bool = False
     metal: str = ""
+    replay: bool = True
     threads: int = 0
 
     @staticmethod
@@ -79,6 +81,7 @@ class Settings:
             isa=isa,
             log=_switch(environ, "MOEFAST_LOG", default="0"),
             metal=metal,
+            replay=_switch(environ, "MOEFAST_REPLAY", default="1"),
             threads=int(threads),
         )
 

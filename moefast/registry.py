@@ -168,6 +168,7 @@ class Registry:
         self._override: ContextVar[str | None] = ContextVar("moefast_backend", default=None)
         self._choices: dict[tuple[Problem, str], Choice] = {}
         self._lock = threading.Lock()
+        self.age = 0  # how often choices were forgotten
 
     def names(self) -> tuple[str, ...]:
         """Names that may be asked for."""
@@ -252,6 +253,7 @@ class Registry:
     def forget(self) -> None:
         """Make every choice anew: for who changes what backends choose by."""
         self._choices.clear()
+        self.age += 1
 
     def choices(self) -> list[tuple[Problem, Choice]]:
         """Every choice made so far: what ``moefast generate`` and ``MOEFAST_LOG`` report."""

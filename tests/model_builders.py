@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,7 @@ from mlx_lm.models import cache as kv_caches
 from model_cases import Config
 
 from moefast import ops
-from moefast.models import get_classes
+from moefast.models import decoding, get_classes
 from moefast.models.dbrx import unstack_experts
 from moefast.nn import moe
 
@@ -125,7 +126,8 @@ def recorded_routings() -> Iterator[list[mx.array]]:
         found.append(mx.sort(ops.route(logits, block.spec, selection_bias=bias).indices, axis=-1))
         return run(block, x, logits, bias, *others)
 
-    with mock.patch.object(moe, "recalled", spy):
+    every_step = replace(decoding.settings, replay=False)  # replayed ones would not pass by the spy
+    with mock.patch.object(moe, "recalled", spy), mock.patch.object(decoding, "settings", every_step):
         yield found
 
 

@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "cached_attention.h"
 #include "call.h"
+#include "decoding.h"
 #include "embed.h"
 #include "layers.h"
 #include "norm.h"
@@ -317,6 +318,13 @@ NB_MODULE(_native, m) {
   m.def("embed", &embed, "indices"_a, "weight"_a, "scales"_a, "biases"_a.none(),
         "global_scale"_a.none(), "group_size"_a, "bits"_a, "mode"_a);
   m.def("embed_of", &embed_of);
+
+  nb::class_<Decoding>(m, "Decoding")
+      .def(nb::init<>())
+      .def("record", &Decoding::record, "model"_a, "inputs"_a, "caches"_a, "offset"_a, "before"_a,
+           "logits"_a, "facts"_a, nb::lock_self())
+      .def("again", &Decoding::again, "model"_a, "inputs"_a, "caches"_a, "offset"_a, "facts"_a,
+           nb::lock_self());
 
   m.def("configure", &configure, "threads"_a, "isa"_a);
   m.def("isas", &isas);

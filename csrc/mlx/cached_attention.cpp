@@ -70,7 +70,7 @@ void copy_rows(const moefast_heads& from, const moefast_heads& to) {
   }
 }
 
-class CachedAttention : public Mirror {
+class CachedAttention : public Mirror, public Positional {
  public:
   CachedAttention(mx::Stream stream, Step step) : Mirror(stream), step_(step) {}
 
@@ -78,6 +78,14 @@ class CachedAttention : public Mirror {
 
   bool is_equivalent(const mx::Primitive& other) const override {
     return step_ == static_cast<const CachedAttention&>(other).step_;
+  }
+
+  int offset() const override { return step_.offset; }
+
+  std::shared_ptr<Runnable> at(int offset) override {
+    Step step = step_;
+    step.offset = offset;
+    return std::make_shared<CachedAttention>(stream(), step);
   }
 
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
@@ -126,8 +134,8 @@ class CachedAttention : public Mirror {
   }
 
   // A cache that nobody else holds gets its rows where it is, even if steps before still run.
-  void allocate(const Arrays& inputs, Arrays& outputs, Copies& copies) override {
-    outputs[0].set_data(mx::allocator::malloc(outputs[0].nbytes()));
+  void allocate(const Arrays& inputs, Arrays& outputs, Copies& copies, long references) override {
+    give_memory(outputs[0]);
     // Each output of several holds the inputs, too, and lets them go only afterwards.
     for (auto& output : outputs) {
       if (&output.inputs() != &inputs && !output.is_tracer()) {
@@ -136,7 +144,7 @@ class CachedAttention : public Mirror {
     }
     for (const int i : {1, 2}) {
       const auto& cache = inputs[kCacheKeys + i - 1];
-      if (only_held_by_tasks(cache) && cache.flags().row_contiguous) {
+      if (only_held_by_tasks(cache, references) && cache.flags().row_contiguous) {
         outputs[i].copy_shared_buffer(cache);
       } else {
         outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
@@ -166,21 +174,13 @@ class CachedAttention : public Mirror {
     rotated.row_stride = queries.heads * dims;
     rotated.batch_stride = rotated.row_stride * length;
 
-    // MLX keeps every output until the task is over, but for the one it asked for.
-    std::vector<std::shared_ptr<const Held>> held;
-    for (const int i : {1, 2}) {
-      if (&outputs[i].inputs() != &inputs) {
-        held.push_back(std::make_shared<const Held>(outputs[i]));
-      }
-    }
-
     const int64_t begin = step_.offset;
     const auto new_keys = rows_of_cache(cache_keys, begin, length);
     const auto new_values = rows_of_cache(cache_values, begin, length);
     const auto all_keys = rows_of_cache(cache_keys, 0, begin + length);
     const auto all_values = rows_of_cache(cache_values, 0, begin + length);
     auto* const out = outputs[0].data<void>();
-    return [=, step = step_, held = std::move(held)] {
+    return [=, step = step_] {
       const std::vector<int64_t> offsets(static_cast<size_t>(queries.batch), begin);
       rotate(keys, step.rotation, freqs, offsets, new_keys);
       copy_rows(values, new_values);

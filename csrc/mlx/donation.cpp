@@ -44,9 +44,21 @@ Held::~Held() {
   }
 }
 
-bool only_held_by_tasks(const mx::array& array) {
+std::vector<std::shared_ptr<const Held>> held_by_mlx(const std::vector<mx::array>& inputs,
+                                                     const std::vector<mx::array>& outputs) {
+  std::vector<std::shared_ptr<const Held>> held;
+  for (const auto& output : outputs) {
+    const bool asked_for = &output.inputs() == &inputs;
+    if (!asked_for && output.size() > 0) {
+      held.push_back(std::make_shared<const Held>(output));
+    }
+  }
+  return held;
+}
+
+bool only_held_by_tasks(const mx::array& array, long own) {
   const auto& data = array.data_shared_ptr();
-  if (references(array) != 1 || !data->is_owned()) {
+  if (references(array) != own || !data->is_owned()) {
     return false;
   }
   // Both under the lock: each Held that is counted still is one, so that the task which holds the

@@ -9,6 +9,9 @@
 #ifndef MOEFAST_MLX_DONATION_H
 #define MOEFAST_MLX_DONATION_H
 
+#include <memory>
+#include <vector>
+
 #include "mlx/mlx.h"
 
 namespace moefast::binding {
@@ -29,10 +32,15 @@ class Held {
   const mx::array::Data* data_;
 };
 
-// Whether nobody but `array` will know its memory by the time a task dispatched now runs: neither
-// another reference to the array, nor an array that shares its memory. To be asked while MLX
-// evaluates, of an input of the operation.
-bool only_held_by_tasks(const mx::array& array);
+// One of each output that MLX keeps so once an evaluation of `inputs` is dispatched: all of several
+// outputs, but for the one that it asked for.
+std::vector<std::shared_ptr<const Held>> held_by_mlx(const std::vector<mx::array>& inputs,
+                                                     const std::vector<mx::array>& outputs);
+
+// Whether nobody but the evaluation that asks will know the memory of `array`, one of its inputs,
+// by the time a task dispatched now runs: neither another reference to the array, beside the
+// `own` references of the evaluation, nor an array that shares its memory.
+bool only_held_by_tasks(const mx::array& array, long own);
 
 }  // namespace moefast::binding
 

@@ -128,6 +128,12 @@ const void* contiguous(const mx::array& array, Copies& copies, Arrays& temporari
   return array.flags().row_contiguous ? array.data<void>() : copies.add(array, temporaries);
 }
 
+void give_memory(mx::array& output) {
+  if (!output.data_shared_ptr()) {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
+  }
+}
+
 void fill_nan(int32_t dtype, void* out, int64_t count) {
   switch (dtype) {
     case MOEFAST_FLOAT32:

@@ -59,6 +59,9 @@ moefast_rows rows_of(const mx::array& array, Copies& copies, std::vector<mx::arr
 moefast_heads heads_of(const mx::array& array, Copies& copies, std::vector<mx::array>& temporaries);
 const void* contiguous(const mx::array& array, Copies& copies, std::vector<mx::array>& temporaries);
 
+// Memory for an output that has none.
+void give_memory(mx::array& output);
+
 // What an output holds after a failure. MLX takes an array for evaluated once its evaluation was
 // tried: whoever reads it in spite of the exception (numpy.asarray does: it asks the array twice)
 // must not find plausible numbers.

@@ -1,7 +1,5 @@
 #include "mirror.h"
 
-#include "call.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "plan.h"
 #include "spec.h"
 
@@ -33,40 +31,33 @@ std::function<Arrays(const Arrays&)> of_some(std::function<Arrays(const Arrays&)
 
 }  // namespace
 
-void Mirror::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+std::function<void()> Mirror::prepare(const Arrays& inputs,
+                                      Arrays& outputs,
+                                      Arrays& temporaries,
+                                      long references) {
   Copies copies;
-  allocate(inputs, outputs, copies);
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  for (auto& output : outputs) {
-    encoder.set_output_array(output);
-  }
-  auto& first = outputs[0];
+  allocate(inputs, outputs, copies, references);
+  const auto& first = outputs[0];
   if (first.size() == 0) {
-    return;
+    return nullptr;
   }
-  Arrays temporaries;
   auto run = work(inputs, outputs, copies, temporaries);
-  encoder.add_temporaries(std::move(temporaries));
-  encoder.dispatch([run = std::move(run), copies = std::move(copies), to = first.data<void>(),
-                    dtype = float_dtype(first.dtype()), size = static_cast<int64_t>(first.size()),
-                    on = stream()] {
-    mend_task_count(on);
-    try {
-      copies.make();
-      run();
-    } catch (...) {
-      fill_nan(dtype, to, size);
-      throw;
-    }
-  });
+  return
+      [run = std::move(run), copies = std::move(copies), to = const_cast<void*>(first.data<void>()),
+       dtype = float_dtype(first.dtype()), size = static_cast<int64_t>(first.size())] {
+        try {
+          copies.make();
+          run();
+        } catch (...) {
+          fill_nan(dtype, to, size);
+          throw;
+        }
+      };
 }
 
-void Mirror::allocate(const Arrays&, Arrays& outputs, Copies&) {
+void Mirror::allocate(const Arrays&, Arrays& outputs, Copies&, long) {
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    give_memory(output);
   }
 }
 

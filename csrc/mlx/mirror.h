@@ -8,18 +8,25 @@
 
 #include "layout.h"
 #include "mlx/primitives.h"
+#include "runnable.h"
 
 namespace moefast::binding {
 
 // Outputs are floats, laid out row-major. Derivatives and vmap are those of MLX's function of the
 // same inputs.
-class Mirror : public mx::Primitive {
+class Mirror : public mx::Primitive, public Runnable {
  public:
   using Arrays = std::vector<mx::array>;
   using mx::Primitive::Primitive;
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    evaluate(*this, stream(), inputs, outputs);
+  }
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override;
+  std::function<void()> prepare(const Arrays& inputs,
+                                Arrays& outputs,
+                                Arrays& temporaries,
+                                long references) override;
   Arrays jvp(const Arrays& primals,
              const Arrays& tangents,
              const std::vector<int>& argnums) override;
@@ -34,8 +41,8 @@ class Mirror : public mx::Primitive {
   // MLX's function. Called on any thread, and after the primitive is gone.
   virtual std::function<Arrays(const Arrays& inputs)> by_mlx() const = 0;
   virtual size_t num_outputs() const { return 1; }
-  // Gives the outputs memory of their own.
-  virtual void allocate(const Arrays& inputs, Arrays& outputs, Copies& copies);
+  // Gives the outputs memory: here, of their own. `references`: see Runnable.
+  virtual void allocate(const Arrays& inputs, Arrays& outputs, Copies& copies, long references);
   // What the stream's thread is to do, for inputs that MLX holds until it is done. It throws what
   // throw_if_failed() throws.
   virtual std::function<void()> work(const Arrays& inputs,

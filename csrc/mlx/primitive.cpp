@@ -1,7 +1,6 @@
 #include "primitive.h"
 
 #include "call.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "spec.h"
 
 namespace moefast::binding {
@@ -68,28 +67,18 @@ Arrays pick(const Arrays& inputs, const std::vector<int>& argnums) {
 
 }  // namespace
 
-void Operation::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+std::function<void()> Operation::prepare(const Arrays& inputs,
+                                         Arrays& outputs,
+                                         Arrays& temporaries,
+                                         long) {
   plan_->check(inputs);
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    give_memory(output);
   }
   if (inputs[0].size() == 0) {
-    return;
+    return nullptr;
   }
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  for (auto& output : outputs) {
-    encoder.set_output_array(output);
-  }
-  Arrays temporaries;
-  auto call = make_call(plan_, inputs, outputs, temporaries);
-  encoder.add_temporaries(std::move(temporaries));
-  encoder.dispatch([call = std::move(call), on = stream()] {
-    mend_task_count(on);
-    run(call);
-  });
+  return [call = make_call(plan_, inputs, outputs, temporaries)] { run(call); };
 }
 
 void Operation::eval_gpu(const Arrays&, Arrays&) {

@@ -8,17 +8,24 @@
 
 #include "mlx/primitives.h"
 #include "plan.h"
+#include "runnable.h"
 
 namespace moefast::binding {
 
-class Operation : public mx::Primitive {
+class Operation : public mx::Primitive, public Runnable {
  public:
   // `plan` lives as long as the process: equal plans are one object.
   Operation(mx::Stream stream, std::shared_ptr<const Plan> plan)
       : mx::Primitive(stream), plan_(std::move(plan)) {}
 
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    evaluate(*this, stream(), inputs, outputs);
+  }
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::function<void()> prepare(const std::vector<mx::array>& inputs,
+                                std::vector<mx::array>& outputs,
+                                std::vector<mx::array>& temporaries,
+                                long references) override;
 
   // Derivatives are those of the reference, on the same inputs.
   std::vector<mx::array> jvp(const std::vector<mx::array>& primals,
