@@ -21,7 +21,7 @@ _STACKS = (".gate_proj.", ".up_proj.", ".down_proj.")
 Weights = dict[str, mx.array]
 
 
-def build(config: Mapping[str, Any], bits: int, *, stock: bool = False) -> Any:
+def build(config: Mapping[str, Any], bits: int, *, stock: bool = False, everywhere: bool = False) -> Any:
     """A quantized model of moefast, or of mlx-lm, in evaluation mode. Its parameters are placeholders that
     have not been evaluated.
 
@@ -30,6 +30,7 @@ def build(config: Mapping[str, Any], bits: int, *, stock: bool = False) -> Any:
         bits: of every layer but those the family keeps at other precisions (GraniteMoE, Bailing), in
             groups of 64.
         stock: mlx-lm's class instead of moefast's.
+        everywhere: those layers, too.
     """
     if stock:
         module = import_module(f"mlx_lm.models.{config['model_type']}")
@@ -37,7 +38,7 @@ def build(config: Mapping[str, Any], bits: int, *, stock: bool = False) -> Any:
     else:
         model_class, args_class = get_classes(config)
     model = model_class(args_class.from_dict(config))
-    mlx.nn.quantize(model, group_size=GROUP_SIZE, bits=bits, class_predicate=_predicate(model))
+    mlx.nn.quantize(model, group_size=GROUP_SIZE, bits=bits, class_predicate=_predicate(model, everywhere))
     model.eval()
     return model
 
@@ -127,9 +128,9 @@ def bytes_per_token(model: Any) -> int:
     return total
 
 
-def _predicate(model: Any) -> Callable[[str, mlx.nn.Module], bool | dict[str, Any]]:
-    """What ``mlx_lm.convert`` would quantize, and how."""
-    family = getattr(model, "quant_predicate", None)
+def _predicate(model: Any, everywhere: bool) -> Callable[[str, mlx.nn.Module], bool | dict[str, Any]]:
+    """What ``mlx_lm.convert`` would quantize, and how; ``everywhere``: alike."""
+    family = None if everywhere else getattr(model, "quant_predicate", None)
 
     def predicate(path: str, module: mlx.nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % GROUP_SIZE:
