@@ -168,18 +168,30 @@ def test_several_sequences_at_once(model: Any) -> None:
     assert_same(got, want)
 
 
-def test_logits_and_caches_are_the_callers(model: Any) -> None:
+@pytest.mark.parametrize("viewed", [False, True], ids=["", "a view"])
+def test_logits_and_caches_are_the_callers(model: Any, viewed: bool) -> None:
     """What a step returned does not change when others are made, and rows that somebody holds stay."""
+    if viewed:  # of what the head has made
+
+        class Viewed(type(model)):  # type: ignore[misc]
+            def head(self, h: mx.array) -> mx.array:
+                return mx.unflatten(super().head(h), -1, (2, -1))
+
+        model.__class__ = Viewed
     with replay(True) as spared:
         cache = filled(model)
         for _ in range(3):
             mx.eval(step(model, cache))
         first = step(model, cache)
         keys = cache[0].keys
+        pending = step(model, cache)  # what steps have in common stays while one is under way
         mx.eval(first)
         values, rows = bits_of(first).copy(), bits_of(keys).copy()
         for token in TOKENS:
-            mx.eval(step(model, cache, token))
+            following = step(model, cache, token)
+            mx.eval(pending)
+            pending = following
+        mx.eval(pending)
     assert all(spared[2:])
     assert np.array_equal(values, bits_of(first))
     assert np.array_equal(rows, bits_of(keys))
@@ -285,6 +297,27 @@ def test_a_change_is_noticed(model: Any, change: Callable[[Any], None]) -> None:
         change(fresh)
         want = [step(fresh, cache, token) for token in TOKENS]
     assert_same(got, want)
+
+
+@pytest.mark.parametrize("pending", [False, True], ids=["", "while a step runs"])
+def test_other_weights_are_taken_as_they_are(model: Any, pending: bool) -> None:
+    with replay(True) as spared:
+        cache = filled(model)
+        mx.eval([step(model, cache) for _ in range(4)])
+        running = step(model, cache)
+        if not pending:
+            mx.eval(running)
+        new_scales(model)
+        mx.eval(model.parameters())
+        got = [step(model, cache, token) for token in TOKENS]
+        mx.eval(running, got)
+    assert all(spared[2:])
+    fresh = build(next(case for case in CASES if case.family == "qwen2_moe"))
+    with replay(False):
+        cache = filled(fresh)
+        mx.eval([step(fresh, cache) for _ in range(5)])
+        new_scales(fresh)
+        assert_same(got, [step(fresh, cache, token) for token in TOKENS])
 
 
 def test_another_dtype_is_noticed(model: Any) -> None:
