@@ -45,7 +45,7 @@ examples:
 llama.cpp comes with: pip install '.[peers]' (it is compiled for this machine: minutes)
 exit status: 0; 1 if the two disagree about the next token's logits; 2 for bad arguments."""
 
-# How alike the logits of the two are: the cosine of the angle between them, at least. Rounding
+# How alike the logits of the two are at least: the cosine between them, the median of some prompts. Rounding
 # activations to 8 bits, and in q4_0 weights to other values, changes them, and now and then an expert.
 _ALIKE = {"q4_0": 0.9, "q4_1": 0.98, "f32": 0.999}
 _PROMPTS = 6
@@ -106,7 +106,7 @@ def _family(config: Mapping[str, Any], args: argparse.Namespace) -> list[dict[st
                     "family": config["model_type"],
                     "subject": name,
                     "form": name.partition(" ")[2],
-                    "alike": min(map(_cosine, logits["moefast"], logits[name])),
+                    "alike": statistics.median(map(_cosine, logits["moefast"], logits[name])),
                     "prefill": [],
                     "decode": [],
                     "decode_beside": [],
