@@ -94,7 +94,7 @@ def test_weights_are_the_models(peers: ModuleType, tmp_path: Path, form: str) ->
         ("token_embd.weight", model.model.embed_tokens),
     ):
         want = values(own)
-        # q4_1 rounds scales and offsets to float16; q4_0, the same on both sides of 0, cuts one end by a step.
+        # q4_1 rounds scales and offsets to float16; q4_0, alike on both sides of 0, cuts one end by a step.
         step = np.abs(np.asarray(own.scales.astype(mx.float32))).max()
         tolerance = {"f32": 0.0, "q4_1": 1e-3 * step, "q4_0": 1.1 * step}[form]
         assert np.abs(found[name] - want).max() <= tolerance

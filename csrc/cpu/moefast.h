@@ -141,8 +141,8 @@ size_t moefast_engine_scratch(const moefast_engine* engine);
 /* Cores that this process may use: of the machine, its affinity mask and its cgroup's quota. */
 int moefast_usable_cores(void);
 /* Asks the system to move memory into huge pages, where it lies: addresses and values stay. Returns
- * for how many bytes it did, or had before. Those of a page that is not wholly within are left out;
- * 0 where the system has no such request (Linux before 6.1, other systems). */
+ * for how many bytes it did, or had before; 0 for less than 64 KB, and where the system has no such
+ * request (Linux before 6.1, other systems). What lies beside, in the same pages, moves along. */
 int64_t moefast_huge_pages(const void* from, int64_t bytes);
 /* Names of the instruction sets this build has and this machine runs, best first; returns how many.
  */

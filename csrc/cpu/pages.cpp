@@ -23,24 +23,39 @@ namespace {
   return file >> size && (size & (size - 1)) == 0 ? size : 0;
 }
 
+// Bytes of an array that are worth a request.
+[[maybe_unused]] constexpr int64_t kWorthwhile = 64 << 10;
+
 }  // namespace
 
 extern "C" int64_t moefast_huge_pages(const void* from, int64_t bytes) {
   int64_t done = 0;
 #ifdef MADV_COLLAPSE
   static const uintptr_t size = huge_page_size();
-  if (size == 0 || bytes <= 0) {
+  if (size == 0 || bytes < kWorthwhile) {
     return 0;
   }
   const auto begin = reinterpret_cast<uintptr_t>(from);
-  const uintptr_t end = (begin + static_cast<uintptr_t>(bytes)) & ~(size - 1);
-  for (uintptr_t page = (begin + size - 1) & ~(size - 1); page < end;) {
-    // Some at a time: where the system runs out of them, the ones before have been counted.
-    const uintptr_t count = std::min<uintptr_t>(end - page, 16 * size);
+  const uintptr_t end = begin + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = (begin + size - 1) & ~(size - 1), last = end & ~(size - 1);
+  const auto collapse = [&](uintptr_t page, uintptr_t count) {
     if (madvise(reinterpret_cast<void*>(page), count, MADV_COLLAPSE) == 0) {
-      done += static_cast<int64_t>(count);
+      done += static_cast<int64_t>(std::min(page + count, end) - std::max(page, begin));
     }
+  };
+  // Those that it shares with its neighbours, too: most matrices outside the stacks of experts are
+  // no larger than a page. The system refuses where not all of it is memory alike.
+  if (begin < first) {
+    collapse(first - size, size);
+  }
+  for (uintptr_t page = first; page < last;) {
+    // Some at a time: where the system runs out of them, the ones before have been counted.
+    const uintptr_t count = std::min<uintptr_t>(last - page, 16 * size);
+    collapse(page, count);
     page += count;
+  }
+  if (last < end && first <= last) {
+    collapse(last, size);
   }
 #else
   (void)from;
