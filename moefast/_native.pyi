@@ -131,9 +131,7 @@ class Decoding:
     ) -> bool:
         """Watch a step that was made in full; whether the next can be made from what has been seen."""
 
-    def again(
-        self, model: Any, inputs: mx.array, caches: list[Any], offset: int, facts: Any
-    ) -> mx.array | None:
+    def again(self, model: Any, inputs: mx.array, caches: Any, facts: Any) -> mx.array | None:
         """Make a step and advance the caches; None, and nothing done, where that cannot be."""
 
 def configure(threads: int, isa: str) -> None:

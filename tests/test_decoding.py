@@ -26,7 +26,7 @@ from model_cases import FULL, Case
 
 import moefast
 from moefast.lm.presets import FAMILIES
-from moefast.models import decoding
+from moefast.models import backbone, decoding
 from moefast.nn import RMSNorm
 
 pytestmark = [pytest.mark.usefixtures("cpu", "on_native"), needs_native]
@@ -56,17 +56,25 @@ def model() -> Any:
 
 @contextmanager
 def replay(on: bool) -> Iterator[list[bool]]:
-    """With it or without; yields of each step whether Python was spared."""
+    """With it or without; yields of each step that is looked at whether Python was spared."""
     spared: list[bool] = []
-    begin = decoding.Step.__init__
 
-    def spy(self: decoding.Step, *arguments: Any) -> None:
-        begin(self, *arguments)
-        spared.append(self.logits is not None)
+    def again(*arguments: Any) -> mx.array | None:
+        logits = decoding.again(*arguments)
+        if logits is not None:
+            spared.append(True)
+        return logits
+
+    def watch(*arguments: Any) -> decoding.Step | None:
+        step = decoding.watch(*arguments)
+        if step is not None:
+            spared.append(False)
+        return step
 
     with (
         mock.patch.object(decoding, "settings", replace(decoding.settings, replay=on)),
-        mock.patch.object(decoding.Step, "__init__", spy),
+        mock.patch.object(backbone, "again", again),
+        mock.patch.object(backbone, "watch", watch),
     ):
         yield spared
 

@@ -323,7 +323,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<>())
       .def("record", &Decoding::record, "model"_a, "inputs"_a, "caches"_a, "offset"_a, "before"_a,
            "logits"_a, "facts"_a, nb::lock_self())
-      .def("again", &Decoding::again, "model"_a, "inputs"_a, "caches"_a, "offset"_a, "facts"_a,
+      .def("again", &Decoding::again, "model"_a, "inputs"_a, "caches"_a, "facts"_a,
            nb::lock_self());
 
   m.def("configure", &configure, "threads"_a, "isa"_a);

@@ -55,8 +55,7 @@ bool Decoding::record(nb::handle model,
                       const nb::list& before,
                       const mx::array& logits,
                       nb::object facts) {
-  tree_.clear();
-  tree_.walk(model.ptr());
+  tree_.walk(model.ptr(), true);
   Leaves leaves;
   Known known;
   const auto add_input = [&](const mx::array& array) {
@@ -100,14 +99,15 @@ bool Decoding::record(nb::handle model,
     known.settings.push_back(nb::borrow(setting));
   }
   known.facts = std::move(facts);
+  known.cache_type = nb::borrow(nb::handle(caches[0]).type());
   const auto& parts = known.recording.script.parts;
   if (std::any_of(parts.begin(), parts.end(), [](const auto& part) { return !part.runnable; })) {
     known.stream = stream_here();
   }
-  const bool certain = known_ && known_->trace == known.trace && known_->stream == known.stream &&
-                       known_->constants == known.constants &&
-                       is_equal(known_->facts, known.facts) &&
-                       is_same(known_->recording, known.recording);
+  const bool certain =
+      known_ && known_->cache_type.is(known.cache_type) && known_->trace == known.trace &&
+      known_->stream == known.stream && known_->constants == known.constants &&
+      is_equal(known_->facts, known.facts) && is_same(known_->recording, known.recording);
   if (certain) {
     known.stage = stage_of(known.recording.script);
   }
@@ -117,12 +117,11 @@ bool Decoding::record(nb::handle model,
 
 nb::object Decoding::again(nb::handle model,
                            const mx::array& inputs,
-                           const nb::list& caches,
-                           int offset,
+                           nb::handle caches,
                            nb::handle facts) {
   if (!known_ || !known_->stage || mx::default_device() != mx::Device::cpu ||
       (known_->stream && *known_->stream != stream_here()) || !is_equal(known_->facts, facts) ||
-      known_->input_forms.size() != 1 + 2 * caches.size()) {
+      !PyList_CheckExact(caches.ptr()) || known_->input_forms.size() != 1 + 2 * nb::len(caches)) {
     return nb::none();
   }
   auto form = known_->input_forms.begin();
@@ -131,27 +130,36 @@ nb::object Decoding::again(nb::handle model,
   }
   Arrays taken = {inputs};
   taken.reserve(known_->input_forms.size());
-  for (const nb::handle cache : caches) {
+  std::optional<int> offset;
+  for (const nb::handle cache : nb::borrow<nb::list>(caches)) {
+    if (!cache.type().is(known_->cache_type)) {
+      return nb::none();
+    }
+    int filled = 0;
+    if (!nb::try_cast(nb::getattr(cache, nb::handle(names().offset)), filled) || filled < 0 ||
+        filled != offset.value_or(filled)) {
+      return nb::none();
+    }
+    offset = filled;
     for (auto* const name : {names().keys, names().values}) {
       const nb::object object = nb::getattr(cache, nb::handle(name));
       const auto* const array = array_in(object);
-      if (array == nullptr || !(++form)->fits(*array) || offset >= array->shape(2)) {
+      if (array == nullptr || !(++form)->fits(*array) || filled >= array->shape(2)) {
         return nb::none();
       }
       taken.push_back(*array);
     }
   }
-  tree_.clear();
-  tree_.walk(model.ptr());
+  tree_.walk(model.ptr(), false);
   const auto stream = stream_here();
   const auto constant = tree_.trace == known_->trace ? constants(stream) : nullptr;
   if (constant == nullptr) {
     return nb::none();
   }
-  const auto outputs = in_sequence(stream, known_->stage, constant, std::move(taken), offset);
-  const nb::int_ end(offset + 1);
+  const auto outputs = in_sequence(stream, known_->stage, constant, std::move(taken), *offset);
+  const nb::int_ end(*offset + 1);
   size_t next = 1;
-  for (const nb::handle cache : caches) {
+  for (const nb::handle cache : nb::borrow<nb::list>(caches)) {
     nb::setattr(cache, nb::handle(names().keys), nb::cast(outputs[next++]));
     nb::setattr(cache, nb::handle(names().values), nb::cast(outputs[next++]));
     nb::setattr(cache, nb::handle(names().offset), end);

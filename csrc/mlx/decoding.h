@@ -30,11 +30,7 @@ class Decoding {
               nb::object facts);
 
   // Makes a step and advances the caches: its logits; or None where that cannot be done.
-  nb::object again(nb::handle model,
-                   const mx::array& inputs,
-                   const nb::list& caches,
-                   int offset,
-                   nb::handle facts);
+  nb::object again(nb::handle model, const mx::array& inputs, nb::handle caches, nb::handle facts);
 
  private:
   // An array as it has to be again.
@@ -49,6 +45,7 @@ class Decoding {
   };
 
   struct Known {
+    nb::object cache_type;
     std::vector<std::uintptr_t> trace;
     std::vector<nb::object> settings;  // so that no other comes to stand at their address
     nb::object facts;

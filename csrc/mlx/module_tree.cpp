@@ -20,13 +20,16 @@ std::uintptr_t number(const void* address) {
 
 }  // namespace
 
-void ModuleTree::clear() {
+void ModuleTree::walk(PyObject* model, bool with_settings) {
   trace.clear();
   arrays.clear();
   settings.clear();
+  with_settings_ = with_settings;
+  add(model);
 }
 
-void ModuleTree::walk(PyObject* object) {
+// What is or holds modules, or is a setting.
+void ModuleTree::add(PyObject* object) {
   static const PyObject* const array_type = nb::type<mx::array>().ptr();
   auto* const type = Py_TYPE(object);
   if (reinterpret_cast<const PyObject*>(type) == array_type) {
@@ -44,10 +47,16 @@ void ModuleTree::walk(PyObject* object) {
     trace.push_back(number(type));
     trace.push_back(static_cast<std::uintptr_t>(size));
     for (Py_ssize_t i = 0; i < size; ++i) {
-      walk(PySequence_Fast_GET_ITEM(object, i));
+      add(PySequence_Fast_GET_ITEM(object, i));
     }
   } else {
-    trace.push_back(number(object));
+    add_setting(object);
+  }
+}
+
+void ModuleTree::add_setting(PyObject* object) {
+  trace.push_back(number(object));
+  if (with_settings_) {
     settings.push_back(object);
   }
 }
@@ -57,9 +66,8 @@ void ModuleTree::walk_dictionary(PyObject* dictionary) {
   Py_ssize_t position = 0;
   PyObject *key = nullptr, *value = nullptr;
   while (PyDict_Next(dictionary, &position, &key, &value)) {
-    trace.push_back(number(key));
-    settings.push_back(key);
-    walk(value);
+    add_setting(key);
+    add(value);
   }
 }
 
@@ -74,10 +82,8 @@ void ModuleTree::walk_settings(PyObject* module) {
   PyObject *key = nullptr, *value = nullptr;
   while (PyDict_Next(attributes, &position, &key, &value)) {
     if (!is_memory(key)) {
-      trace.push_back(number(key));
-      trace.push_back(number(value));
-      settings.push_back(key);
-      settings.push_back(value);
+      add_setting(key);
+      add_setting(value);
     }
   }
 }

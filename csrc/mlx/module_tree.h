@@ -25,13 +25,16 @@ struct ModuleTree {
   std::vector<const mx::array*> arrays;  // those that Python holds
   std::vector<PyObject*> settings;       // borrowed
 
-  void clear();
-  // Adds `object`, which is or holds modules, or is a setting.
-  void walk(PyObject* object);
+  // Begins anew at `model`; without settings if they are of no use.
+  void walk(PyObject* model, bool with_settings);
 
  private:
+  void add(PyObject* object);
+  void add_setting(PyObject* object);
   void walk_dictionary(PyObject* dictionary);
   void walk_settings(PyObject* module);
+
+  bool with_settings_ = true;
 };
 
 }  // namespace moefast::binding

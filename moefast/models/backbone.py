@@ -11,7 +11,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.pipeline import PipelineMixin
 
 from ..nn import MLP, Embedding, Linear, MoE, RMSNorm
-from .decoding import step_of
+from .decoding import again, watch
 from .residual import Residual, ResidualLayer
 
 
@@ -170,12 +170,12 @@ class CausalLM(mlx_nn.Module):
 
     def __call__(self, inputs: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Token ids ``[batch, length]`` -> logits ``[batch, length, vocabulary]``."""
-        step = step_of(self, inputs, cache)
-        if step is not None and step.logits is not None:
-            return step.logits
-        logits = self.head(self[self.BACKBONE](inputs, cache))
-        if step is not None:
-            step.made(logits)
+        logits = again(self, inputs, cache)
+        if logits is None:
+            step = watch(self, inputs, cache)
+            logits = self.head(self[self.BACKBONE](inputs, cache))
+            if step is not None:
+                step.made(logits)
         return logits
 
     def head(self, h: mx.array) -> mx.array:

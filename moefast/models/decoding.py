@@ -14,7 +14,7 @@ those sets ``MOEFAST_REPLAY=0``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn
@@ -38,51 +38,66 @@ class Decoding:
         return type(None), ()
 
 
-class Step:
-    """A decoding step that is about to be made: one token a sequence, on caches with room for it.
+class Step(NamedTuple):
+    """A decoding step that Python is about to make, to be watched.
 
     Attributes:
-        logits: where it could be made from what was seen: ``[batch, 1, vocabulary]``, and the caches are
-            advanced.
+        seen: where to.
+        model, inputs, caches, offset: whose step, of what, on which caches, how far they were filled.
+        before: keys and values of every cache.
     """
 
-    __slots__ = ("_before", "_call", "logits")
-
-    def __init__(self, decoding: Decoding, model: mlx.nn.Module, inputs: mx.array, caches: list[KVCache]):
-        offset = caches[0].offset
-        self._before = [array for cache in caches for array in (cache.keys, cache.values)]
-        self._call = decoding.seen, model, inputs, caches, offset
-        self.logits: mx.array | None = decoding.seen.again(model, inputs, caches, offset, _facts())
+    seen: Any
+    model: mlx.nn.Module
+    inputs: mx.array
+    caches: list[KVCache]
+    offset: int
+    before: list[mx.array]
 
     def made(self, logits: mx.array) -> None:
-        """Watch it: it was made in full."""
-        seen, model, inputs, caches, offset = self._call
-        seen.record(model, inputs, caches, offset, self._before, logits, _facts())
+        """Watch it: it was made, and gave ``logits``."""
+        self.seen.record(*self[1:], logits, _facts())
 
 
-def step_of(model: mlx.nn.Module, inputs: mx.array, cache: Sequence[Any] | None) -> Step | None:
-    """The step that a call of ``model`` is, or None where it is something else, or no step to be watched.
+def again(model: mlx.nn.Module, inputs: mx.array, cache: Sequence[Any] | None) -> mx.array | None:
+    """What a call of ``model`` gives, without its Python, and the caches advanced; or None, and nothing
+    done, where the call is not a step like those that were seen.
 
     Args:
         model: calls this first, with its own arguments.
         inputs: token ids ``[batch, length]``.
         cache: of each layer, or None.
+
+    Returns:
+        Logits ``[batch, 1, vocabulary]``.
     """
     own = model.__dict__
-    if not cache or inputs.shape[-1] != 1 or own["_training"]:
+    decoding = own.get("_decoding")
+    if decoding is None or cache is None or own["_training"] or not settings.replay:
+        return None
+    logits: mx.array | None = decoding.seen.again(model, inputs, cache, _facts())
+    return logits
+
+
+def watch(model: mlx.nn.Module, inputs: mx.array, cache: Sequence[Any] | None) -> Step | None:
+    """The step that a call of ``model`` is: one token a sequence, on plain caches with room for it. None
+    where it is something else. Arguments as of :func:`again`, which found it to be none like the last."""
+    own = model.__dict__
+    if not cache or inputs.shape[-1] != 1 or own["_training"] or not settings.replay:
         return None
     if any(type(c) is not KVCache or c.keys is None or c.offset >= c.keys.shape[2] for c in cache):
         return None
-    caches = list(cache)
-    if any(c.offset != caches[0].offset for c in caches):
+    caches, offset = list(cache), cache[0].offset
+    if any(c.offset != offset for c in caches):
         return None
     decoding = own.get("_decoding")
     if decoding is None:
-        native = bindings().native if settings.replay else None
+        native = bindings().native
         if native is None:
             return None
         decoding = own["_decoding"] = Decoding(native)
-    return Step(decoding, model, inputs, caches)
+    before = [array for c in caches for array in (c.keys, c.values)]
+    return Step(decoding.seen, model, inputs, caches, offset, before)
 
 
 def _facts() -> tuple[Any, ...]:
