@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -174,6 +175,18 @@ def test_several_sequences_at_once(model: Any) -> None:
         got = logits()
     assert spared == [False, False, True, True, True]
     assert_same(got, want)
+
+
+def test_no_sequence_at_all(model: Any) -> None:
+    def logits() -> list[mx.array]:
+        cache = filled(model, mx.zeros((0, 3), mx.int32))
+        return [model(mx.zeros((0, 1), mx.int32), cache=cache) for _ in range(5)]
+
+    with replay(True):
+        found = logits()
+        mx.eval(found)
+    with replay(False):
+        assert_same(found, logits())
 
 
 @pytest.mark.parametrize("viewed", [False, True], ids=["", "a view"])
@@ -444,6 +457,19 @@ def test_no_weight_is_held(model: Any) -> None:
         gc.collect()
         assert kept is model._decoding
         assert before - mx.get_active_memory() > 0.9 * size
+
+
+def test_no_model_is_kept_alive() -> None:
+    model = build(CASES[0])
+    layer = model.layers[0]
+    layer.__dict__["owner"] = [model]  # a setting that leads back to it
+    with replay(True) as spared:
+        mx.eval([step(model, cache) for cache in [filled(model)] for _ in range(4)])
+    assert spared[-1]
+    gone = weakref.ref(layer)
+    del model, layer
+    gc.collect()
+    assert gone() is None
 
 
 def test_memory_does_not_grow(model: Any) -> None:

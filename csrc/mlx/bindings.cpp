@@ -245,6 +245,20 @@ std::vector<std::string> isas() {
   return {names, names + std::min<size_t>(count, 16)};
 }
 
+int visit_decoding(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  return nb::inst_ready(self) ? nb::inst_ptr<Decoding>(self)->visit_objects(visit, arg) : 0;
+}
+
+int clear_decoding(PyObject* self) {
+  nb::inst_ptr<Decoding>(self)->forget();
+  return 0;
+}
+
+PyType_Slot decoding_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(visit_decoding)},
+                                {Py_tp_clear, reinterpret_cast<void*>(clear_decoding)},
+                                {0, nullptr}};
+
 // Those that are there already: nothing is evaluated.
 int64_t huge_pages(const std::vector<mx::array>& arrays) {
   int64_t bytes = 0;
@@ -319,7 +333,7 @@ NB_MODULE(_native, m) {
         "global_scale"_a.none(), "group_size"_a, "bits"_a, "mode"_a);
   m.def("embed_of", &embed_of);
 
-  nb::class_<Decoding>(m, "Decoding")
+  nb::class_<Decoding>(m, "Decoding", nb::type_slots(decoding_slots))
       .def(nb::init<>())
       .def("record", &Decoding::record, "model"_a, "inputs"_a, "caches"_a, "offset"_a, "before"_a,
            "logits"_a, "facts"_a, nb::lock_self())

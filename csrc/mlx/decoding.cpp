@@ -167,6 +167,17 @@ nb::object Decoding::again(nb::handle model,
   return nb::cast(outputs[0]);
 }
 
+int Decoding::visit_objects(visitproc visit, void* arg) const {
+  if (known_) {
+    Py_VISIT(known_->facts.ptr());
+    Py_VISIT(known_->cache_type.ptr());
+    for (const auto& setting : known_->settings) {
+      Py_VISIT(setting.ptr());
+    }
+  }
+  return 0;
+}
+
 // The tree's arrays and the recording's numbers; null where one is of another form. While a step
 // before still runs it holds the same ones, most often.
 std::shared_ptr<const Arrays> Decoding::constants(mx::Stream stream) {

@@ -32,6 +32,10 @@ class Decoding {
   // Makes a step and advances the caches: its logits; or None where that cannot be done.
   nb::object again(nb::handle model, const mx::array& inputs, nb::handle caches, nb::handle facts);
 
+  // For Python's collector of garbage: settings may lead back to the model.
+  int visit_objects(visitproc visit, void* arg) const;
+  void forget() { known_.reset(); }
+
  private:
   // An array as it has to be again.
   struct Form {

@@ -177,7 +177,7 @@ class Sequence : public mx::Primitive {
         const Part& part = stage_.script.parts[i];
         if (fresh_ || !stage_.fixed[i]) {
           prepare(i, first);
-        } else {
+        } else if (props_->works[i]) {
           works_->order.push_back(&props_->works[i]);
         }
         first += part.shapes.size();
