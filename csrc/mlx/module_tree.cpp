@@ -1,6 +1,7 @@
 #include "module_tree.h"
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 
 namespace moefast::binding {
@@ -16,6 +17,14 @@ bool is_memory(const PyObject* name) {
 
 std::uintptr_t number(const void* address) {
   return reinterpret_cast<std::uintptr_t>(address);
+}
+
+// Another one as soon as anything of a type, or of what it derives from, is another. Python gives
+// none to a type that was changed and not used since, and runs out of them after four billion: such
+// a type equals nothing, itself included.
+std::uintptr_t version_of(const PyTypeObject* type) {
+  static std::atomic<std::uintptr_t> unknown{std::uintptr_t{1} << 32};
+  return type->tp_version_tag != 0 ? type->tp_version_tag : ++unknown;
 }
 
 }  // namespace
@@ -38,7 +47,7 @@ void ModuleTree::add(PyObject* object) {
   } else if (PyDict_Check(object)) {
     trace.push_back(number(type));
     if (!PyDict_CheckExact(object)) {
-      trace.push_back(type->tp_version_tag);
+      trace.push_back(version_of(type));
       walk_settings(object);
     }
     walk_dictionary(object);
