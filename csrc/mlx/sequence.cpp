@@ -53,7 +53,7 @@ struct Works {
 };
 
 // What stays in place from one evaluation to the next, on one stream with the same constants.
-struct Props {
+struct Prepared {
   mx::Stream stream;
   std::weak_ptr<const Arrays> constants;
   std::vector<std::optional<mx::array>> made;
@@ -66,12 +66,18 @@ struct Props {
 class Stage {
  public:
   explicit Stage(Script script) : script(std::move(script)) {
-    size_t count = 0;
+    std::vector<mx::Shape> all_shapes;
+    std::vector<mx::Dtype> all_dtypes;
     for (const Part& part : this->script.parts) {
-      count += part.shapes.size();
+      all_shapes.insert(all_shapes.end(), part.shapes.begin(), part.shapes.end());
+      all_dtypes.insert(all_dtypes.end(), part.dtypes.begin(), part.dtypes.end());
+    }
+    for (const size_t output : this->script.outputs) {
+      shapes.push_back(all_shapes[output]);
+      dtypes.push_back(all_dtypes[output]);
     }
     // MLX's own parts may let their outputs share memory with their inputs.
-    stays.assign(count, true);
+    stays.assign(all_shapes.size(), true);
     for (const size_t output : this->script.outputs) {
       stays[output] = false;
     }
@@ -103,25 +109,28 @@ class Stage {
   }
 
   // Those of the last evaluation, if they are of the same kind.
-  std::shared_ptr<const Props> props(mx::Stream stream,
-                                     const std::shared_ptr<const Arrays>& constants) {
+  std::shared_ptr<const Prepared> prepared(mx::Stream stream,
+                                           const std::shared_ptr<const Arrays>& constants) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool fit = props_ && props_->stream == stream && props_->constants.lock() == constants;
-    return fit ? props_ : nullptr;
+    const bool fit =
+        prepared_ && prepared_->stream == stream && prepared_->constants.lock() == constants;
+    return fit ? prepared_ : nullptr;
   }
 
-  void keep(std::shared_ptr<const Props> props) {
+  void keep(std::shared_ptr<const Prepared> prepared) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    props_ = std::move(props);
+    prepared_ = std::move(prepared);
   }
 
   const Script script;
+  std::vector<mx::Shape> shapes;  // of the outputs
+  std::vector<mx::Dtype> dtypes;
   std::vector<bool> stays;  // of what the parts make: it is in the same memory every time
   std::vector<bool> fixed;  // of the parts: they do the same every time
 
  private:
   std::mutex mutex_;
-  std::shared_ptr<const Props> props_;
+  std::shared_ptr<const Prepared> prepared_;
 };
 
 namespace {
@@ -162,12 +171,12 @@ class Sequence : public mx::Primitive {
           inputs_(inputs),
           encoder_(mx::cpu::get_command_encoder(sequence.stream())),
           made_(stage_.stays.size()),
-          props_(stage_.props(sequence.stream(), sequence.constants_)) {
-      if (props_ == nullptr) {
-        fresh_ = std::make_shared<Props>(Props{sequence.stream(), sequence.constants_});
+          prepared_(stage_.prepared(sequence.stream(), sequence.constants_)) {
+      if (prepared_ == nullptr) {
+        fresh_ = std::make_shared<Prepared>(Prepared{sequence.stream(), sequence.constants_});
         fresh_->made.resize(stage_.stays.size());
         fresh_->works.resize(stage_.fixed.size());
-        props_ = fresh_;
+        prepared_ = fresh_;
       }
     }
 
@@ -177,8 +186,8 @@ class Sequence : public mx::Primitive {
         const Part& part = stage_.script.parts[i];
         if (fresh_ || !stage_.fixed[i]) {
           prepare(i, first);
-        } else if (props_->works[i]) {
-          works_->order.push_back(&props_->works[i]);
+        } else if (prepared_->works[i]) {
+          works_->order.push_back(&prepared_->works[i]);
         }
         first += part.shapes.size();
       }
@@ -186,7 +195,7 @@ class Sequence : public mx::Primitive {
         outputs[i].copy_shared_buffer(*made_[stage_.script.outputs[i]]);
       }
       encoder_.add_temporaries(std::move(temporaries_));
-      dispatch(props_, memory_of(outputs), sequence_.constants_, held_by_mlx(inputs_, outputs));
+      dispatch(prepared_, memory_of(outputs), sequence_.constants_, held_by_mlx(inputs_, outputs));
       if (fresh_) {
         stage_.keep(fresh_);
       }
@@ -202,7 +211,7 @@ class Sequence : public mx::Primitive {
       }
       for (size_t i = 0; i < part.shapes.size(); ++i) {
         const bool there = stage_.stays[first + i] && !fresh_;
-        given.push_back(there ? *props_->made[first + i]
+        given.push_back(there ? *prepared_->made[first + i]
                               : mx::array(part.shapes[i], part.dtypes[i], nullptr, Arrays{}));
       }
       if (part.runnable == nullptr) {
@@ -237,7 +246,7 @@ class Sequence : public mx::Primitive {
         case Value::kInput:
           return inputs_[value.index];
         default:
-          return stage_.stays[value.index] ? *props_->made[value.index] : *made_[value.index];
+          return stage_.stays[value.index] ? *prepared_->made[value.index] : *made_[value.index];
       }
     }
 
@@ -273,8 +282,8 @@ class Sequence : public mx::Primitive {
     const Arrays& inputs_;
     mx::cpu::CommandEncoder& encoder_;
     std::vector<std::optional<mx::array>> made_;  // what does not stay
-    std::shared_ptr<const Props> props_;
-    std::shared_ptr<Props> fresh_;  // the same, where they are made now
+    std::shared_ptr<const Prepared> prepared_;
+    std::shared_ptr<Prepared> fresh_;  // the same, where they are made now
     std::shared_ptr<Works> works_ = std::make_shared<Works>();
     Arrays temporaries_;
   };
@@ -295,19 +304,8 @@ std::vector<mx::array> in_sequence(mx::Stream stream,
                                    std::shared_ptr<const Arrays> constants,
                                    Arrays inputs,
                                    int offset) {
-  std::vector<std::pair<const Part*, size_t>> makers;
-  for (const Part& part : stage->script.parts) {
-    for (size_t i = 0; i < part.shapes.size(); ++i) {
-      makers.emplace_back(&part, i);
-    }
-  }
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
-  for (const size_t output : stage->script.outputs) {
-    const auto& [part, which] = makers[output];
-    shapes.push_back(part->shapes[which]);
-    dtypes.push_back(part->dtypes[which]);
-  }
+  auto shapes = stage->shapes;
+  const auto dtypes = stage->dtypes;
   auto primitive =
       std::make_shared<Sequence>(stream, std::move(stage), std::move(constants), offset);
   return mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs);
