@@ -24,6 +24,7 @@ from rich.table import Table
 from subjects import LlamaCpp, Moefast, Remote, keep_busy
 
 from moefast.lm.bench import machine
+from moefast.lm.bench.cli import not_negative, positive
 from moefast.lm.bench.report import console, machine_lines
 from moefast.lm.presets import preset
 from moefast.machine import cores, release_of
@@ -206,36 +207,29 @@ def _parser() -> argparse.ArgumentParser:
     families = list(ARCHITECTURES)
     parser.add_argument("--families", nargs="+", choices=families, default=families, metavar="NAME",
                         help=f"which models: {', '.join(families)} (default: all)")  # fmt: skip
-    parser.add_argument("--layers", type=_positive, default=2, metavar="N",
+    parser.add_argument("--layers", type=positive, default=2, metavar="N",
                         help="layers of the real model (default: 2)")  # fmt: skip
     parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="FIELD=VALUE",
                         help="other values in the model's configuration")  # fmt: skip
     parser.add_argument("--forms", nargs="+", choices=list(_ALIKE), default=["q4_0"], metavar="NAME",
                         help="llama.cpp's weights: q4_0 (its fastest; quantized anew), q4_1 (the same "
                              "values as here) or f32 (default: q4_0)")  # fmt: skip
-    parser.add_argument("--threads", type=_positive, default=cores(), metavar="N",
+    parser.add_argument("--threads", type=positive, default=cores(), metavar="N",
                         help=f"of both (default: {cores()}, one per core)")  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=_positive, default=512, metavar="N",
+    parser.add_argument("--prompt-tokens", type=positive, default=512, metavar="N",
                         help="tokens of a prefill (default: 512)")  # fmt: skip
-    parser.add_argument("--context", type=_positive, default=32, metavar="N",
+    parser.add_argument("--context", type=positive, default=32, metavar="N",
                         help="tokens that decoding follows (default: 32)")  # fmt: skip
-    parser.add_argument("--decode-tokens", type=_positive, default=40, metavar="N",
+    parser.add_argument("--decode-tokens", type=positive, default=40, metavar="N",
                         help="tokens decoded in a run (default: 40)")  # fmt: skip
-    parser.add_argument("--rounds", type=_positive, default=7, metavar="N",
+    parser.add_argument("--rounds", type=positive, default=7, metavar="N",
                         help="runs of each figure (default: 7)")  # fmt: skip
-    parser.add_argument("--beside", type=int, default=0, metavar="N",
+    parser.add_argument("--beside", type=not_negative, default=0, metavar="N",
                         help="decode beside so many other programs, too, that want a core each")  # fmt: skip
     parser.add_argument("--directory", type=Path, metavar="DIR",
                         help="for the GGUF files (default: where temporary files are)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures to a file")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _setting(text: str) -> tuple[str, Any]:

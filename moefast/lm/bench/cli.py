@@ -57,25 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME",
                         help=f"which models: {', '.join(FAMILIES)} (default: all)")  # fmt: skip
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--layers", type=_positive, default=2, metavar="N",
+    size.add_argument("--layers", type=positive, default=2, metavar="N",
                       help="layers of the real model (default: 2)")  # fmt: skip
     size.add_argument("--size", choices=("tiny", "small"),
                       help="shrunken models instead of the real sizes, to try the benchmark out")  # fmt: skip
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 5, 6, 8), default=4,
                         help="of quantized weights, in groups of 64 (default: 4)")  # fmt: skip
-    parser.add_argument("--prompt-tokens", type=_positive, default=512, metavar="N",
+    parser.add_argument("--prompt-tokens", type=positive, default=512, metavar="N",
                         help="tokens of a prefill, time permitting (default: 512)")  # fmt: skip
-    parser.add_argument("--decode-tokens", type=_positive, default=32, metavar="N",
+    parser.add_argument("--decode-tokens", type=positive, default=32, metavar="N",
                         help="tokens decoded in a run, time permitting (default: 32)")  # fmt: skip
     parser.add_argument("--budget", type=_seconds, default=200.0, metavar="SECONDS",
                         help="for everything, about (default: 200)")  # fmt: skip
-    parser.add_argument("--repeats", type=_positive, default=5, metavar="N",
+    parser.add_argument("--repeats", type=positive, default=5, metavar="N",
                         help="runs of each figure, time permitting (default: 5)")  # fmt: skip
     parser.add_argument("--subjects", nargs="+", metavar="NAME", default=default,
                         choices=known,
                         help=f"what to measure: {', '.join(known)} "
                              f"(default here: {' '.join(default)})")  # fmt: skip
-    parser.add_argument("--seed", type=_not_negative, default=0, help="of weights and prompts (default: 0)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of weights and prompts (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON to a file, too")
     parser.add_argument("--profile", action="store_true",
                         help="show, too, where the time of each subject goes, part by part")  # fmt: skip
@@ -213,14 +213,16 @@ def _progress(families: int) -> Iterator[tuple[Callable[[str, str], None], Calla
         yield say, lambda: bar.advance(task)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's count, at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
-def _not_negative(text: str) -> int:
+def not_negative(text: str) -> int:
+    """An option's count, at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
