@@ -89,6 +89,9 @@ def plan(
 def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
     """See :func:`moefast.ops.attention`."""
 
+def logsumexp(x: mx.array) -> mx.array:
+    """See :func:`moefast.ops.logsumexp`."""
+
 def embed(
     indices: mx.array,
     weight: mx.array,

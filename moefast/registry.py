@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     Attributes:
         op: name of the operation: ``route``, ``switch_glu``, ``experts``, ``moe``, ``quantized_matmul``;
             beside the experts ``attention``, ``cached_attention``, ``rms_norm``, ``layer_norm``,
-            ``add_rms_norm``, ``add_layer_norm``, ``rope``, ``embed``.
+            ``add_rms_norm``, ``add_layer_norm``, ``rope``, ``embed``, ``logsumexp``.
         device: ``cpu`` or ``gpu``: where MLX would run it now.
         dtype: of ``x`` (of ``logits`` for ``route``, of the output for ``embed``).
         phase: ``empty`` (no tokens), ``decode`` (1), ``band`` (2-127) or ``prefill`` (128 and more).

@@ -120,9 +120,9 @@ def roundings(op: str, top_k: int = 1) -> float:
     product, product), down. ``experts``: also the product with the weight, and a sum of ``top_k`` terms,
     half of which are rounded into it on average. ``moe``: the routed and the shared output, their gate
     and the final sum, and the routing weights themselves. ``attention``: score, exponential, sum,
-    quotient, product, output. ``norm``: mean, quotient, product with the weight, bias. ``rope``: sine and
-    cosine, two products, their sum; where angles are rounded to float32, ``reductions`` has the square of the
-    largest position.
+    quotient, product, output. ``logsumexp``: exponential, output. ``norm``: mean, quotient, product with the
+    weight, bias. ``rope``: sine and cosine, two products, their sum; where angles are rounded to float32,
+    ``reductions`` has the square of the largest position.
     """
     combine = 1 + top_k / 2
     counts = {
@@ -131,6 +131,7 @@ def roundings(op: str, top_k: int = 1) -> float:
         "quantized_matmul": 1.0,
         "attention": 6.0,
         "norm": 4.0,
+        "logsumexp": 2.0,
         "rope": 5.0,
         "switch_glu": 6.0,
         "experts": 6.0 + combine,

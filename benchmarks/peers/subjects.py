@@ -26,12 +26,14 @@ class Moefast:
     """
 
     def __init__(self, config: Mapping[str, Any], seed: int):
+        from moefast.acceleration import sampling
         from moefast.lm.bench.bandwidth import reader
         from moefast.lm.bench.models import build, bytes_per_token, draw_weights
 
         self._config = config
         self._model = build(config, bits=4, everywhere=True)
         draw_weights(self._model, seed)
+        sampling.attach(self._model)  # as moefast.load does
         self._bytes = bytes_per_token(self._model)
         self._read = reader()
 

@@ -112,6 +112,13 @@ struct Attention {
   void (*direct)(const AttentionRows& rows, const AttentionKeys& from, int64_t first);
 };
 
+// Values summed up as exponentials: sum = sum exp(x - largest), or sum exp(x) where the largest is
+// not finite. NaN is in the sum only.
+struct SumExp {
+  float largest;
+  float sum;
+};
+
 struct Isa {
   const char* name;
 
@@ -130,6 +137,7 @@ struct Isa {
                    int64_t count);
   // y[i] += a * x[i]
   void (*add_scaled)(float a, const float* x, int64_t count, float* y);
+  SumExp (*sum_exp)(const float* x, int64_t count);
 
   const Attention* attention;
 

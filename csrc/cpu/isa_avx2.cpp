@@ -9,6 +9,7 @@
 #include "generic/elementwise.h"
 #include "generic/measure.h"
 #include "generic/product.h"
+#include "generic/sum_exp.h"
 #include "isa.h"
 
 namespace moefast {
@@ -38,8 +39,8 @@ const Product* product(const Format& format, Precision precision, int64_t, int64
   return generic_product();
 }
 
-constexpr Isa kAvx2 = {"avx2",     product,     widen,     narrow,      activate,
-                       add_scaled, &kAttention, read_once, count_flops, nullptr};
+constexpr Isa kAvx2 = {"avx2",  product,     widen,     narrow,      activate, add_scaled,
+                       sum_exp, &kAttention, read_once, count_flops, nullptr};
 
 }  // namespace
 

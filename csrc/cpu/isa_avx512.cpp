@@ -8,6 +8,7 @@
 #include "generic/elementwise.h"
 #include "generic/measure.h"
 #include "generic/product.h"
+#include "generic/sum_exp.h"
 #include "isa.h"
 
 namespace moefast {
@@ -18,8 +19,8 @@ const Product* product(const Format& format, Precision precision, int64_t, int64
   return found != nullptr ? found : generic_product();
 }
 
-constexpr Isa kAvx512 = {"avx512",   product,     widen,     narrow,      activate,
-                         add_scaled, &kAttention, read_once, count_flops, nullptr};
+constexpr Isa kAvx512 = {"avx512", product,     widen,     narrow,      activate, add_scaled,
+                         sum_exp,  &kAttention, read_once, count_flops, nullptr};
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 #include "generic/elementwise.h"
 #include "generic/measure.h"
 #include "generic/product.h"
+#include "generic/sum_exp.h"
 #include "isa.h"
 
 namespace moefast {
@@ -13,8 +14,8 @@ const Product* product(const Format&, Precision, int64_t, int64_t) {
   return generic_product();
 }
 
-constexpr Isa kPortable = {"portable", product,     widen,     narrow,      activate,
-                           add_scaled, &kAttention, read_once, count_flops, nullptr};
+constexpr Isa kPortable = {"portable", product,     widen,     narrow,      activate, add_scaled,
+                           sum_exp,    &kAttention, read_once, count_flops, nullptr};
 
 }  // namespace
 

@@ -261,6 +261,10 @@ int moefast_add_norm(moefast_engine* engine,
                      void* out,
                      int32_t out_dtype);
 
+/* log(sum exp(x)) of each row, in float32 and, beyond 4096 values, in float64; rounded once. NaN,
+ * or else infinity, where a value is. out [count]. */
+int moefast_logsumexp(moefast_engine* engine, const moefast_rows* x, void* out, int32_t out_dtype);
+
 /* Rotary positions of the first `rotated` values of each row: pair i (values i and rotated / 2 + i,
  * or 2 i and 2 i + 1 where `traditional`) of row r of batch b turns by the angle
  * scale * (offsets[b] + r) / freqs[i]. freqs [rotated / 2]; NULL: base^(2 i / rotated). Rounded

@@ -14,6 +14,7 @@
 #include "decoding.h"
 #include "embed.h"
 #include "layers.h"
+#include "logsumexp.h"
 #include "norm.h"
 #include "primitive.h"
 #include "reading.h"
@@ -327,6 +328,7 @@ NB_MODULE(_native, m) {
         "multiplier"_a);
   m.def("add_layer_norm", &add_layer_norm, "x"_a, "branch"_a, "weight"_a.none(), "bias"_a.none(),
         "eps"_a, "multiplier"_a);
+  m.def("logsumexp", &logsumexp, "x"_a);
   m.def("rope", &rope, "x"_a, "dims"_a, "traditional"_a, "base"_a.none(), "scale"_a, "offset"_a,
         "freqs"_a.none());
   m.def("embed", &embed, "indices"_a, "weight"_a, "scales"_a, "biases"_a.none(),

@@ -23,6 +23,7 @@ import mlx.nn
 from ..backends import registry
 from ..env import settings
 from ..registry import log
+from . import sampling
 from .known import PACKAGE
 from .model import accelerate
 
@@ -108,6 +109,8 @@ class Hook:
             return self.__wrapped__(*arguments, **named)
         model, config, own = self._load(arguments, named)
         path = arguments[0] if arguments else named.get("model_path")
+        if type(model).__module__.startswith(_OWN):
+            sampling.attach(model)
         if own:
             self._say(path, f"moefast: DBRX as {type(model).__module__}, with its experts stacked")
         elif type(model).__module__ == _DBRX and not self.dbrx:

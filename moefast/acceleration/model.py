@@ -12,7 +12,7 @@ from ..backends import backends, registry
 from ..env import settings
 from ..errors import refuse
 from ..registry import device_name
-from . import dbrx
+from . import dbrx, sampling
 from .look import Found, activation_dtype, arrays_of, in_order, look, look_beside
 from .report import Entry, Report
 from .swap import swap, unswap
@@ -34,8 +34,8 @@ def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | Non
         model: of any family, already quantized, adapted or sharded, or to be.
         backend: a name of :func:`moefast.backends`, or ``"auto"``: the fastest that takes a layer, and the
             original where none does or ``moefast tune`` found that to be faster.
-        dense: also linear layers, heads, norms, rotary positions and attention; by default where the native
-            backend runs them.
+        dense: also linear layers, heads, norms, rotary positions and attention, and the log-probabilities of
+            mlx-lm's generation (:mod:`.sampling`); by default where the native backend runs them.
 
     Returns:
         What runs where, and what was left alone and why.
@@ -66,6 +66,7 @@ def accelerate(model: mlx.nn.Module, *, backend: str = "auto", dense: bool | Non
             beside = [one for one in look_beside(model, backend, dtype) if one.swaps]
             apply(beside, backend)
             found += beside
+            sampling.attach(model)
     except BaseException:  # no memory to stack DBRX's experts, or an interrupt meanwhile
         restore(model)
         raise
@@ -89,6 +90,7 @@ def restore(model: mlx.nn.Module) -> int:
         reason = dbrx.why_not_unstack(module) if dbrx.is_stacked(module) else None
         if reason is not None:
             refuse("restore", f"the stacks of {path} must be plain layers again", reason)
+    sampling.detach(model)
     changed = 0
     for _, module in in_order(model):
         stacked = dbrx.is_stacked(module)

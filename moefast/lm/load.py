@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn
 from mlx.utils import tree_flatten
 
+from ..acceleration import sampling
 from ..backends import backends, registry, use_backend
 from ..errors import refuse
 from ..pages import huge_pages
@@ -43,7 +44,8 @@ def load(
     other bits per layer where config.json says so), experts stacked or one by one, in one file or many.
     The loading itself is mlx-lm's; before it, the headers of all files are checked, and before a weight is
     assigned, all tensors are checked against the model. Weights end in huge pages of memory where the native
-    backend is (:func:`moefast.huge_pages`), but for lazy ones.
+    backend is (:func:`moefast.huge_pages`), but for lazy ones; it also gives mlx-lm's generation its
+    log-probabilities (:mod:`moefast.acceleration.sampling`).
 
     Args:
         path_or_repo: a directory, or the id (``owner/name``) of a Hugging Face repository, which mlx-lm
@@ -79,6 +81,7 @@ def load(
     for check in _CHECKS:
         delattr(model, check)  # the class's own methods are back
     huge_pages(model)
+    sampling.attach(model)
     if backend != "auto":
         use_backend(backend)
     return model, tokenizer

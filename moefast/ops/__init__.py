@@ -4,6 +4,7 @@ from .attention import attention
 from .cached_attention import Rotation, cached_attention
 from .embed import embed
 from .experts import experts, switch_glu
+from .logsumexp import logsumexp
 from .moe import moe
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .quantized_matmul import quantized_matmul, quantized_matmuls
@@ -19,6 +20,7 @@ __all__ = [
     "embed",
     "experts",
     "layer_norm",
+    "logsumexp",
     "moe",
     "quantized_matmul",
     "quantized_matmuls",

@@ -19,7 +19,7 @@ from .loading import bindings
 # What a layer does between its products. These need no plan: they take what the reference takes. Through
 # NumPy the attention alone is faster than MLX's own operations.
 NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
-BESIDE_EXPERTS = ("attention", "cached_attention", *NORMS, "rope", "embed")
+BESIDE_EXPERTS = ("attention", "cached_attention", *NORMS, "rope", "embed", "logsumexp")
 
 
 def bind(problem: Problem) -> Bound:

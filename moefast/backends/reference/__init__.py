@@ -6,6 +6,7 @@ from ...registry import Backend, Kernel
 from .attention import attention, cached_attention
 from .embed import embed
 from .experts import experts, moe, switch_glu
+from .logsumexp import logsumexp
 from .matmul import dense, several
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rope import rope
@@ -28,5 +29,6 @@ REFERENCE = Backend(
         "add_layer_norm": Kernel(add_layer_norm),
         "rope": Kernel(rope),
         "embed": Kernel(embed),
+        "logsumexp": Kernel(logsumexp),
     },
 )
