@@ -43,6 +43,7 @@ constexpr int kFloats = kVectorBytes / 4;
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef float UnalignedFloats __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 
 typedef int32_t UnalignedInts __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
@@ -158,6 +159,28 @@ inline Ints load_halves(const void* from) {
 #else
   const Unaligned16* halves = static_cast<const Unaligned16*>(from);
   return Ints{halves[0], halves[1], halves[2], halves[3]};
+#endif
+}
+
+// The upper 16 bits of each number.
+inline void store_upper_halves(Ints values, void* to) {
+#if defined(MOEFAST_VECTOR_AVX512)
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)(values >> 16)));
+#elif defined(MOEFAST_VECTOR_AVX2)
+  const __m256i upper = (__m256i)(values >> 16);  // with its sign: packing changes nothing
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(upper, upper), 0x08);
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+#elif defined(__x86_64__)
+  const __m128i upper = (__m128i)(values >> 16);
+  _mm_storel_epi64(static_cast<__m128i*>(to), _mm_packs_epi32(upper, upper));
+#elif defined(__aarch64__)
+  const int16x4_t upper = vshrn_n_s32((int32x4_t)values, 16);
+  __builtin_memcpy(to, &upper, 8);
+#else
+  Unaligned16* halves = static_cast<Unaligned16*>(to);
+  for (int i = 0; i < kFloats; ++i) {
+    halves[i] = static_cast<uint16_t>(values[i] >> 16);
+  }
 #endif
 }
 
