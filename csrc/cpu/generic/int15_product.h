@@ -7,106 +7,28 @@
 #ifndef MOEFAST_CPU_GENERIC_INT15_PRODUCT_H
 #define MOEFAST_CPU_GENERIC_INT15_PRODUCT_H
 
-#include "int15.h"
 #include "int15_single.h"
-#include "lanes.h"
 #include "prefetch.h"
 
 namespace moefast {
 namespace {
 
-// What the rows of a matrix have in common.
-struct Int15Matrix {
-  const Matrix& w;
-  const Fetcher& fetcher;
-  int group_shift;
-  int64_t scale_size;  // bytes
-
-  Int15Matrix(const Matrix& matrix, const Fetcher& fetch)
-      : w(matrix),
-        fetcher(fetch),
-        group_shift(__builtin_ctz(static_cast<unsigned>(matrix.format.group))),  // powers of two
-        scale_size(matrix.format.mode == MOEFAST_AFFINE ? size_of(matrix.format.dtype) : 1) {}
-
-  int64_t groups(int64_t values) const { return values >> group_shift; }
-};
-
-// Values [panel, panel + length) of row n: the steps of each row's units, those of the row of
-// activations times those of the weight, and offsets times the sums of their groups, added to
-// `sums`. Steps have zeros up to the end of the last span.
-template <int kUnit, int kRows>
-[[gnu::always_inline]] inline void int15_scale(const Int15Matrix& of,
-                                               int64_t n,
-                                               int64_t panel,
-                                               int64_t length,
-                                               const Int15Row* rows,
-                                               float (*steps)[kMostUnits],
-                                               Floats* sums) {
-  const Matrix& w = of.w;
-  alignas(64) float scales[kMostUnits];
-  alignas(64) float offsets[kMostUnits];
-  const int64_t groups = of.groups(length);
-  load_scales(w, n, panel, length, scales, offsets);
-  of.fetcher.scales(w, n, of.groups(panel) * of.scale_size, groups * of.scale_size);
-  const bool affine = w.format.mode == MOEFAST_AFFINE;
-  const int64_t units = round_up(length, kSpan) / kUnit;
-  for (int64_t i = groups; i < units || i % kFloats != 0; ++i) {
-    scales[i] = 0;
-  }
-  if (affine) {
-    for (int64_t i = groups; i < kFloats; ++i) {
-      offsets[i] = 0;
-    }
-    for (int64_t i = 0; i < groups; i += kFloats) {
-      const int64_t last = groups > kFloats ? groups - kFloats : 0;
-      const int64_t from = i < last ? i : last;
-      const Ints fresh = last_lanes(kFloats - (i - from));
-      const Floats offset = as_floats(as_ints(load_floats(offsets + from)) & fresh);
-      for (int r = 0; r < kRows; ++r) {
-        sums[r] += offset * load_floats(rows[r].sums + of.groups(panel) + from);
-      }
-    }
-  }
-  const int64_t first = panel / kUnit;
-  if (w.format.group > kUnit) {  // 128: two units of 64
-    for (int64_t i = 0; 2 * i < units; i += kFloats) {
-      const Floats scale = load_floats(scales + i);
-      const Floats low = Interleave<kFloats>::low(scale, scale);
-      const Floats high = Interleave<kFloats>::high(scale, scale);
-      for (int r = 0; r < kRows; ++r) {
-        const float* of_row = rows[r].steps + first + 2 * i;
-        store_floats(steps[r] + 2 * i, low * load_floats(of_row));
-        store_floats(steps[r] + 2 * i + kFloats, high * load_floats(of_row + kFloats));
-      }
-    }
-    return;
-  }
-  for (int64_t i = 0; i < units; i += kFloats) {
-    const Floats scale = load_floats(scales + i);
-    for (int r = 0; r < kRows; ++r) {
-      store_floats(steps[r] + i, scale * load_floats(rows[r].steps + first + i));
-    }
-  }
-}
-
 // Row n of the weight with kRows prepared rows, of which kParts that follow one another make one
 // row of the result: the lanes of each result's sum, but for the factor of the weight.
-template <class Codes, int kParts, int kUnit, int kRows>
-[[gnu::always_inline]] inline void int15_row(const Int15Matrix& of,
-                                             int64_t n,
-                                             const Int15Row* rows,
-                                             Floats* results) {
+template <class Codes, class Scales, int kParts, int kRows>
+[[gnu::always_inline]] inline void int15_row(
+    const Matrix& w, const Fetcher& fetcher, int64_t n, const Int15Row* rows, Floats* results) {
+  constexpr int kUnit = Scales::kUnit;
   constexpr int kSpanBytes = kSpan * Codes::kBits / 8;
-  const Matrix& w = of.w;
   alignas(64) float steps[kRows][kMostUnits];
   typename Codes::Sum sums[kRows] = {};
   Floats offsets[kRows] = {};
-  constexpr int64_t kPanel = kMostUnits * kUnit;
-  for (int64_t panel = 0; panel < w.in; panel += kPanel) {
-    const int64_t length = w.in - panel < kPanel ? w.in - panel : kPanel;
+  for (int64_t panel = 0; panel < w.in; panel += Scales::kPanel) {
+    const int64_t length = w.in - panel < Scales::kPanel ? w.in - panel : Scales::kPanel;
     const uint8_t* codes = w.weight + n * w.row_bytes + panel * Codes::kBits / 8;
-    const uint8_t* later = of.fetcher.later(codes);
-    int15_scale<kUnit, kRows>(of, n, panel, length, rows, steps, offsets);
+    const uint8_t* later = fetcher.later(codes);
+    fetcher.scales(w, n, Scales::bytes(panel), Scales::bytes(length));
+    Scales::template apply<kRows>(w, n, panel, length, rows, steps, offsets);
     int64_t at = 0;
     for (; at + kSpan <= length; at += kSpan) {
       const int64_t byte = at * Codes::kBits / 8;
@@ -131,8 +53,9 @@ template <class Codes, int kParts, int kUnit, int kRows>
 }
 
 // Two rows of the result at least, or two that make one.
-template <class Codes, int kParts, int kUnit, int kRows>
-void int15_multiply_rows(const Int15Matrix& of,
+template <class Codes, class Scales, int kParts, int kRows>
+void int15_multiply_rows(const Matrix& w,
+                         const Fetcher& fetcher,
                          int64_t begin,
                          int64_t end,
                          const Int15Row* rows,
@@ -146,26 +69,26 @@ void int15_multiply_rows(const Int15Matrix& of,
     Floats sums[4] = {};
     const int64_t some = end - n < kTogether ? end - n : kTogether;
     for (int64_t i = 0; i < some; ++i) {
-      int15_row<Codes, kParts, kUnit, kRows>(of, n + i, rows, sums + i);
+      int15_row<Codes, Scales, kParts, kRows>(w, fetcher, n + i, rows, sums + i);
     }
     sum_four(sums, four);
     const int64_t results = kResults == 1 ? some : kResults;
     for (int64_t r = 0; r < results; ++r) {
-      y[(kResults == 1 ? r : r * ldy) + n - begin] = of.w.factor * four[r];
+      y[(kResults == 1 ? r : r * ldy) + n - begin] = w.factor * four[r];
     }
   }
 }
 
 // Up to four prepared rows at once: the weights are unpacked for all of them.
-template <class Codes, int kParts, int kUnit>
-void int15_multiply_units(const Matrix& w,
-                          int64_t begin,
-                          int64_t end,
-                          const void* const* rows,
-                          int64_t count,
-                          float* y,
-                          int64_t ldy,
-                          const Ahead& ahead) {
+template <class Codes, class Scales, int kParts>
+void int15_multiply_blocks(const Matrix& w,
+                           int64_t begin,
+                           int64_t end,
+                           const void* const* rows,
+                           int64_t count,
+                           float* y,
+                           int64_t ldy,
+                           const Ahead& ahead) {
   constexpr int kTogether = 4 / kParts;
   const Int15Layout layout(w.format, w.in);
   const Fetcher last(w, end, ahead), again(w, end, Ahead{});
@@ -176,24 +99,25 @@ void int15_multiply_units(const Matrix& w,
       const auto* prepared = static_cast<const uint8_t*>(rows[first + r / kParts]);
       block[r] = layout.row(prepared + r % kParts * layout.bytes);
     }
-    const Int15Matrix of(w, first + together == count ? last : again);
+    const Fetcher& fetcher = first + together == count ? last : again;
     float* to = y + first * ldy;
     switch (together * kParts) {
       case 1:
         if constexpr (kParts == 1) {
-          int15_multiply_single<Codes>(w, begin, end, block[0], to, count == 1 ? ahead : Ahead{});
+          int15_multiply_single<Codes, Scales>(w, begin, end, block[0], to,
+                                               count == 1 ? ahead : Ahead{});
         }
         break;
       case 2:
-        int15_multiply_rows<Codes, kParts, kUnit, 2>(of, begin, end, block, to, ldy);
+        int15_multiply_rows<Codes, Scales, kParts, 2>(w, fetcher, begin, end, block, to, ldy);
         break;
       case 3:
         if constexpr (kParts == 1) {
-          int15_multiply_rows<Codes, 1, kUnit, 3>(of, begin, end, block, to, ldy);
+          int15_multiply_rows<Codes, Scales, 1, 3>(w, fetcher, begin, end, block, to, ldy);
         }
         break;
       default:
-        int15_multiply_rows<Codes, kParts, kUnit, 4>(of, begin, end, block, to, ldy);
+        int15_multiply_rows<Codes, Scales, kParts, 4>(w, fetcher, begin, end, block, to, ldy);
     }
   }
 }
@@ -207,13 +131,10 @@ void int15_multiply(const Matrix& w,
                     float* y,
                     int64_t ldy,
                     const Ahead& ahead) {
-  if (unit_of(w.format) == Codes::kFineUnit) {
-    int15_multiply_units<Codes, kParts, Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
-                                                          ahead);
-  } else {
-    int15_multiply_units<Codes, kParts, 2 * Codes::kFineUnit>(w, begin, end, rows, count, y, ldy,
-                                                              ahead);
-  }
+  with_scales<Codes>(w.format, [&](auto scales) {
+    int15_multiply_blocks<Codes, decltype(scales), kParts>(w, begin, end, rows, count, y, ldy,
+                                                           ahead);
+  });
 }
 
 template <class Codes>
