@@ -54,6 +54,13 @@ def cpu() -> Iterator[None]:
     mx.set_default_device(former)
 
 
+@pytest.fixture
+def on_native() -> Iterator[None]:
+    """``"auto"`` stands for the native backend."""
+    with use_backend("native"):
+        yield
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend that can run here, in turn: what ``"auto"`` stands for during the test."""

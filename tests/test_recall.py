@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +30,6 @@ pytestmark = [
 SPEC = RouterSpec(num_experts=8, top_k=3, renormalize=True)
 HIDDEN, WIDTH = 64, 128
 CLOSE = {"reductions": (HIDDEN, WIDTH), "top_k": 3}
-
-
-@pytest.fixture
-def on_native() -> Iterator[None]:
-    with use_backend("native"):
-        yield
 
 
 def make_block(bits: int | None = 4, **options: Any) -> nn.MoE:

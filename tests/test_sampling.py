@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import Floats
+from marks import needs_native
 
 import moefast
 from moefast.acceleration import sampling
-from moefast.backends import backends, use_backend
+from moefast.backends import use_backend
 
 pytest.importorskip("mlx_lm")
 
@@ -28,7 +29,7 @@ from moefast.lm import init_model, load
 
 MODULE: Any = sys.modules["mlx_lm.generate"]  # mlx_lm.generate is the function
 PROMPT = mx.array([3, 17, 20, 41, 5])
-pytestmark = pytest.mark.skipif(backends()["native"] is not None, reason="the native backend is not there")
+pytestmark = needs_native
 
 
 @pytest.fixture(scope="module")
