@@ -200,7 +200,10 @@ def test_another_one_there_is_left_alone() -> None:
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "settings", replace(sampling.settings, enabled=False))
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "settings", replace(sampling.settings, enabled=False))
+        assert not sampling.attach(stock())
+    monkeypatch.setattr(sampling, "device_name", lambda: "gpu")
     assert not sampling.attach(stock())
 
 

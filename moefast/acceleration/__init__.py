@@ -5,8 +5,8 @@
     print(report)
 
 The order of reading: :mod:`.model`; :mod:`.look` finds what can be accelerated and :mod:`.checks` says of a
-layer what would run it; :mod:`.block` is what then runs, :mod:`.swap` how it comes to. :mod:`.sampling` is the
-one thing that is no layer. What is known of mlx-lm's blocks: :mod:`moefast.families`.
+layer what would run it; :mod:`.block` is what then runs, :mod:`.swap` how it comes to. The one thing that is
+no layer: :mod:`.sampling`. What is known of mlx-lm's blocks: :mod:`moefast.families`.
 """
 
 from .model import accelerate, accelerated, restore
