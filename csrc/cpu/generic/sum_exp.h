@@ -38,7 +38,7 @@ inline float reduced(const float* x, int64_t count, float none, Map map, Combine
   return across(combine(combine(lanes[0], lanes[1]), combine(lanes[2], lanes[3])), combine);
 }
 
-// See Isa. A shift that is not finite would make NaN of infinities.
+// See SumExp. A shift that is not finite would make NaN of infinities.
 inline SumExp sum_exp(const float* x, int64_t count) {
   const float infinity = __builtin_inff();
   const auto larger = [](auto a, auto b) { return b > a ? b : a; };
