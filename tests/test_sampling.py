@@ -19,6 +19,7 @@ from marks import needs_native
 import moefast
 from moefast.acceleration import sampling
 from moefast.backends import use_backend
+from moefast.backends.native.loading import Bindings
 
 pytest.importorskip("mlx_lm")
 
@@ -202,6 +203,11 @@ def test_another_one_there_is_left_alone() -> None:
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "settings", replace(sampling.settings, enabled=False))
+        assert not sampling.attach(stock())
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sampling, "bindings", lambda: Bindings(None, object(), "of another MLX")
+        )  # through NumPy
         assert not sampling.attach(stock())
     monkeypatch.setattr(sampling, "device_name", lambda: "gpu")
     assert not sampling.attach(stock())

@@ -19,7 +19,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn
 
-from ..backends import backends, registry
+from ..backends import registry
+from ..backends.native import bindings
 from ..env import settings
 from ..ops.logsumexp import choose
 from ..registry import device_name, log
@@ -60,11 +61,11 @@ def attach(model: mlx.nn.Module) -> bool:
     """Have mlx-lm's generation use the native ``logsumexp`` until the model is gone or detached.
 
     Returns:
-        Whether it will: not where the native backend cannot run, nor on a GPU, nor where ``mlx_lm.generate``
-        has something else than ``mlx.core`` under the name ``mx``.
+        Whether it will: not where the native backend cannot run, or runs through NumPy, nor on a GPU, nor
+        where ``mlx_lm.generate`` has something else than ``mlx.core`` under the name ``mx``.
     """
     module = sys.modules.get(_MODULE)
-    if module is None or not settings.enabled or backends()["native"] is not None or device_name() != "cpu":
+    if module is None or not settings.enabled or not bindings().native or device_name() != "cpu":
         return False
     with _lock:
         found = vars(module).get("mx")
