@@ -11,7 +11,8 @@ namespace {
 // Vectors that are added up side by side: the additions of one need not wait for those of another.
 constexpr int kSideBySide = 4;
 
-// `combine` of all of x[0..count), each through `map` first; `none` changes no result.
+// `combine` of all of x[0..count), each through `map` first. `none`, what -inf is mapped to,
+// changes no result: the last vector is filled up with it.
 template <class Map, class Combine>
 inline float reduced(const float* x, int64_t count, float none, Map map, Combine combine) {
   Floats lanes[kSideBySide];
@@ -26,14 +27,9 @@ inline float reduced(const float* x, int64_t count, float none, Map map, Combine
   }
   for (; i < count; i += kFloats) {
     const int64_t left = count - i < kFloats ? count - i : kFloats;
-    Floats mapped = splat<Floats>(none);
-    float last[kFloats] = {};
-    __builtin_memcpy(last, x + i, static_cast<size_t>(left) * sizeof(float));
-    const Floats values = map(load_floats(last));
-    for (int64_t lane = 0; lane < left; ++lane) {
-      mapped[lane] = values[lane];
-    }
-    lanes[0] = combine(lanes[0], mapped);
+    Floats last = splat<Floats>(-__builtin_inff());
+    __builtin_memcpy(&last, x + i, static_cast<size_t>(left) * sizeof(float));
+    lanes[0] = combine(lanes[0], map(last));
   }
   return across(combine(combine(lanes[0], lanes[1]), combine(lanes[2], lanes[3])), combine);
 }
