@@ -1,7 +1,7 @@
 """mlx-lm's log-probabilities, by :func:`moefast.ops.logsumexp`.
 
 mlx-lm normalises the logits of every token that it generates: ``logits - mx.logsumexp(logits)``. It has no
-place for another function there, and MLX's takes 4 ms on a CPU for a vocabulary of 150 000, between two
+place for another function there, and MLX's takes 3 to 4 ms on a CPU for a vocabulary of 150 000, between two
 tokens, where nothing else can run. So as long as a model lives that moefast loaded or accelerated, the module
 ``mlx_lm.generate`` has under the name ``mx`` all of ``mlx.core`` but that function. Where the native backend
 is not the one to take a call, it is MLX's; so is everything outside of that module.

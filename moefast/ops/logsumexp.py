@@ -1,7 +1,7 @@
 """``logsumexp``: what a model's logits are normalised with, so that a backend may run it.
 
-No MoE operation; but MLX's CPU takes 27 ns for each exponential, one after another: with a vocabulary of
-150 000, longer than a layer of fast experts, for every token.
+No MoE operation; but MLX's CPU takes 18 to 29 ns a value, on one thread: with a vocabulary of 150 000,
+longer than a layer of fast experts, for every token.
 """
 
 from __future__ import annotations
